@@ -1,0 +1,795 @@
+# Copyright 2026 The hydravit_hf authors.
+# The modules and their names follow transformers' modeling_vit.py, Copyright 2021 Google AI, Ross Wightman and
+# The HuggingFace Inc. team.
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
+"""HydraViT (https://arxiv.org/abs/2409.17978): a Vision Transformer whose leading attention heads are a subnetwork.
+
+The one idea: the active width enters once, at the patch embedding. Every later layer is a `Prefix...` layer, which uses
+the leading part of its parameters, as wide as the tensor that it is given. No module stores a width, so one model can
+serve different widths to different threads. As a layer accepts any narrower tensor, the width is checked where it
+enters, in `HydraViTModel.forward`, and nowhere else.
+
+Letters in shapes: B images, C channels of the input, H x W pixels, N tokens (class token and patches), k active heads,
+D = k x head_dim, the active width.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import struct
+from bisect import bisect_left
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForImageClassification,
+    DeiTPreTrainedModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+    ViTPreTrainedModel,
+    initialization,
+)
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import (
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    TransformersKwargs,
+    cached_file,
+    can_return_tuple,
+    logging,
+)
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_hydravit import HydraViTConfig, as_pair
+
+logger = logging.get_logger(__name__)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers that use the leading part of their parameters
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class PrefixLinear(nn.Linear):
+    """A linear layer between widths: a fraction of the input channels gives the same fraction of the output's."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        width = hidden_states.shape[-1]
+        out_width = self.out_features * width // self.in_features
+        bias = None if self.bias is None else self.bias[:out_width]
+        return nn.functional.linear(hidden_states, self.weight[:out_width, :width], bias)
+
+
+class PrefixClassifier(nn.Linear):
+    """A linear layer from any width to all labels."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(hidden_states, self.weight[:, : hidden_states.shape[-1]], self.bias)
+
+
+class PrefixLayerNorm(nn.LayerNorm):
+    """A layer norm over the channels that it is given."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        width = hidden_states.shape[-1]
+        return nn.functional.layer_norm(hidden_states, (width,), self.weight[:width], self.bias[:width], self.eps)
+
+
+class SeparateClassifiers(nn.Module):
+    """One classifier for each of the S subnetworks (paper, "separate classifiers"), picked by the width of the input.
+
+    They are stacked in one weight, (S, labels, full width), in the order of `subnetwork_heads`: so every parameter has
+    a gradient at each step, and the classifiers of a narrower model are a leading block, like all its parameters. A
+    width that has none of its own uses the leading columns of the next wider one's.
+    """
+
+    def __init__(self, config: HydraViTConfig):
+        super().__init__()
+        self.subnetwork_widths = [num_heads * config.head_dim for num_heads in config.subnetwork_heads]
+        self.weight = nn.Parameter(torch.empty(len(self.subnetwork_widths), config.num_labels, config.hidden_size))
+        self.bias = nn.Parameter(torch.empty(len(self.subnetwork_widths), config.num_labels))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        width = hidden_states.shape[-1]
+        index = bisect_left(self.subnetwork_widths, width)
+        return nn.functional.linear(hidden_states, self.weight[index, :, :width], self.bias[index])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The Vision Transformer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class HydraViTPatchEmbeddings(nn.Module):
+    """Images to patch embeddings of the width that is asked for: (B, C, H, W) -> (B, N - 1, D)."""
+
+    def __init__(self, config: HydraViTConfig):
+        super().__init__()
+        self.patch_size = as_pair(config.patch_size)
+        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, self.patch_size, stride=self.patch_size)
+
+    def forward(self, pixel_values: torch.Tensor, width: int) -> torch.Tensor:
+        weight, bias = self.projection.weight[:width], self.projection.bias[:width]
+        patches = nn.functional.conv2d(pixel_values, weight, bias, stride=self.patch_size)
+        return patches.flatten(2).transpose(1, 2)
+
+
+class HydraViTEmbeddings(nn.Module):
+    """Class token, patch and position embeddings; here the width enters: (B, C, H, W) -> (B, N, D)."""
+
+    def __init__(self, config: HydraViTConfig):
+        super().__init__()
+        self.num_channels = config.num_channels
+        self.image_size = as_pair(config.image_size)
+        self.patch_grid = config.patch_grid
+        self.cls_token = nn.Parameter(torch.empty(1, 1, config.hidden_size))
+        self.patch_embeddings = HydraViTPatchEmbeddings(config)
+        num_patches = math.prod(self.patch_grid)
+        self.position_embeddings = nn.Parameter(torch.empty(1, 1 + num_patches, config.hidden_size))
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, pixel_values: torch.Tensor, width: int, interpolate_pos_encoding: bool = False) -> torch.Tensor:
+        self._check_images(pixel_values, interpolate_pos_encoding)
+        patches = self.patch_embeddings(pixel_values, width)
+        cls_token = self.cls_token[..., :width].expand(len(patches), -1, -1)
+        position_embeddings = self.position_embeddings[..., :width]
+        if interpolate_pos_encoding:
+            position_embeddings = self._interpolate(position_embeddings, *pixel_values.shape[2:])
+        return self.dropout(torch.cat((cls_token, patches), dim=1) + position_embeddings)
+
+    def _check_images(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool):
+        expected = f"(batch, {self.num_channels}, {self.image_size[0]}, {self.image_size[1]})"
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.num_channels:
+            raise ValueError(
+                f"`pixel_values` must have the shape {expected}, not {tuple(pixel_values.shape)}: check its channels."
+            )
+        height, width = pixel_values.shape[2:]
+        if not interpolate_pos_encoding and (height, width) != self.image_size:
+            raise ValueError(
+                f"`pixel_values` must have the shape {expected}, not {tuple(pixel_values.shape)}: resize the images, "
+                "or pass `interpolate_pos_encoding=True`."
+            )
+        patch_height, patch_width = self.patch_embeddings.patch_size
+        if height % patch_height or width % patch_width:
+            raise ValueError(
+                f"The size of `pixel_values`, {height} x {width} pixels, must be a multiple of the patch size, "
+                f"{patch_height} x {patch_width}."
+            )
+
+    def _interpolate(self, position_embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Position embeddings for an image of `height` x `width` pixels, by bicubic interpolation (as DeiT does)."""
+        patch_height, patch_width = self.patch_embeddings.patch_size
+        grid = (height // patch_height, width // patch_width)
+        if grid == self.patch_grid:
+            return position_embeddings
+        patches = position_embeddings[:, 1:].unflatten(1, self.patch_grid).permute(0, 3, 1, 2)
+        patches = nn.functional.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
+        return torch.cat((position_embeddings[:, :1], patches.flatten(2).transpose(1, 2)), dim=1)
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention written out: (B, k, N, head_dim) three times -> (B, N, k, head_dim) and the weights (B, k, N, N)."""
+    weights = torch.matmul(query, key.transpose(-2, -1)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2), weights
+
+
+class HydraViTAttention(nn.Module):
+    """Self-attention with as many heads as fit into the tensor: (B, N, D) -> (B, N, D) and k maps or None."""
+
+    def __init__(self, config: HydraViTConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.head_dim
+        self.scaling = config.head_dim**-0.5
+        self.is_causal = False
+        self.q_proj = PrefixLinear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.k_proj = PrefixLinear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.v_proj = PrefixLinear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.o_proj = PrefixLinear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]):
+        heads_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(heads_shape).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(heads_shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(heads_shape).transpose(1, 2)
+        attention: Callable = eager_attention_forward  # the only one that returns its maps
+        if not kwargs.get("output_attentions"):
+            implementation = self.config._attn_implementation
+            attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
+        output, weights = attention(self, query, key, value, None, scaling=self.scaling, dropout=dropout, **kwargs)
+        return self.o_proj(output.reshape(hidden_states.shape).contiguous()), weights
+
+
+class HydraViTMLP(nn.Module):
+    """Two linear layers with `mlp_ratio` times the channels in between: (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, config: HydraViTConfig):
+        super().__init__()
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc1 = PrefixLinear(config.hidden_size, config.intermediate_size)
+        self.fc2 = PrefixLinear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+
+
+class HydraViTDropPath(nn.Module):
+    """Stochastic depth (https://arxiv.org/abs/1603.09382): in training, drop a residual branch for whole images."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.rate == 0.0 or not self.training:
+            return hidden_states
+        kept = hidden_states.new_empty(len(hidden_states), 1, 1).bernoulli_(1 - self.rate)
+        return hidden_states * kept / (1 - self.rate)
+
+
+class HydraViTLayer(GradientCheckpointingLayer):
+    """A pre-norm transformer layer: (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, config: HydraViTConfig, drop_path_rate: float = 0.0):
+        super().__init__()
+        self.attention = HydraViTAttention(config)
+        self.layernorm_before = PrefixLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layernorm_after = PrefixLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = HydraViTMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.drop_path = HydraViTDropPath(drop_path_rate)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        attention_output, _ = self.attention(self.layernorm_before(hidden_states), **kwargs)
+        hidden_states = hidden_states + self.drop_path(self.dropout(attention_output))
+        mlp_output = self.mlp(self.layernorm_after(hidden_states))
+        return hidden_states + self.drop_path(self.dropout(mlp_output))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One checkpoint, any width
+# ---------------------------------------------------------------------------------------------------------------------
+
+_HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder")
+_AUTO_MAP = {
+    "AutoConfig": "configuration_hydravit.HydraViTConfig",
+    "AutoModel": "modeling_hydravit.HydraViTModel",
+    "AutoModelForImageClassification": "modeling_hydravit.HydraViTForImageClassification",
+}
+
+
+class HydraViTPreTrainedModel(PreTrainedModel):
+    """Weight initialisation, and loading, saving and cutting out subnetworks."""
+
+    config_class = HydraViTConfig
+    config: HydraViTConfig
+    base_model_prefix = "hydravit"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HydraViTEmbeddings", "HydraViTLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": HydraViTLayer, "attentions": HydraViTAttention}
+    _input_embed_layer = "patch_embeddings"
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, HydraViTEmbeddings):
+            initialization.trunc_normal_(module.cls_token, std=std)
+            initialization.trunc_normal_(module.position_embeddings, std=std)
+        elif isinstance(module, SeparateClassifiers):
+            initialization.normal_(module.weight, std=std)
+            initialization.zeros_(module.bias)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """Load a checkpoint at the width that is asked for.
+
+        As in transformers, with two keywords worth knowing: `num_heads_active=k` holds all heads and runs k of them by
+        default; `num_attention_heads=k` holds the leading k heads only and, from safetensors files, reads only the
+        rows that they need. More heads than the checkpoint has: its weights fill the leading block and the rest is
+        initialised, with a warning.
+
+        Raises:
+            ValueError: A width out of range, or weights of another architecture.
+            OSError: No such checkpoint, or a truncated or damaged file; the message names it.
+        """
+        if pretrained_model_name_or_path is None:
+            return super().from_pretrained(None, *model_args, config=config, **kwargs)
+        hub_kwargs = {name: kwargs.pop(name) for name in _HUB_KWARGS if name in kwargs}
+        kwargs.pop("trust_remote_code", None)
+        if not isinstance(config, PreTrainedConfig):
+            source = pretrained_model_name_or_path if config is None else config
+            config, kwargs = cls.config_class.from_pretrained(source, return_unused_kwargs=True, **hub_kwargs, **kwargs)
+        stored = {}
+        if kwargs.get("use_safetensors") is not False and kwargs.get("state_dict") is None:
+            for file in _find_weights(pretrained_model_name_or_path, kwargs.get("variant"), hub_kwargs):
+                stored |= _read_header(file)
+        if not stored or _num_heads(stored, config) == config.num_attention_heads:
+            return super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, config=config, **hub_kwargs, **kwargs
+            )
+        blocks = _leading_blocks(stored, config)
+        if _num_heads(stored, config) < config.num_attention_heads:
+            blocks = _grow(cls(config, *model_args), blocks)
+        loaded = super().from_pretrained(None, *model_args, config=config, state_dict=blocks, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with the loading info where that is asked for
+        model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
+        return loaded
+
+    def save_pretrained(
+        self, save_directory, is_main_process: bool = True, push_to_hub: bool = False, variant=None, **kwargs
+    ):
+        """Save the model, its configuration and its code, as in transformers.
+
+        The files are written aside and then moved into place, the weights last, so that a save that is interrupted
+        at any moment leaves the checkpoint that was there.
+        """
+        self.config.auto_map = dict(_AUTO_MAP)
+        if not is_main_process or variant is not None or kwargs.get("distributed_checkpoint"):
+            kwargs |= {"is_main_process": is_main_process, "push_to_hub": push_to_hub, "variant": variant}
+            return super().save_pretrained(save_directory, **kwargs)
+        directory = Path(save_directory)
+        if push_to_hub:
+            kwargs.setdefault("repo_id", directory.name)
+        staging = directory / "_saving"  # the Trainer uploads nothing that starts with an underscore
+        shutil.rmtree(staging, ignore_errors=True)  # left by a save that was killed
+        staging.mkdir(parents=True)
+        try:
+            super().save_pretrained(staging, push_to_hub=push_to_hub, **kwargs)
+            _move_checkpoint(staging, directory)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def extract_subnetwork(self, num_heads: int):
+        """The subnetwork with the leading `num_heads` heads, as a model of its own that shares no storage with this
+        one: equal outputs, an ordinary HydraViT.
+
+        Raises:
+            ValueError: `num_heads` is not from 1 to the heads held.
+        """
+        config = self._config_of(num_heads)
+        return _assemble(type(self), config, _leading_blocks(self.state_dict(), config)).train(self.training)
+
+    def to_vit(self, num_heads: int | None = None):
+        """The subnetwork with the leading `num_heads` heads (None: the default width), as a stock
+        `ViTForImageClassification` (or, for `HydraViTModel`, a `ViTModel` without pooling layer): equal outputs, and
+        no custom code wherever it goes. Drop path, which the stock model lacks, is left behind.
+
+        Raises:
+            ValueError: `num_heads` is not from 1 to the heads held.
+        """
+        if num_heads is None:
+            num_heads = self.config.num_heads_active or self.config.num_attention_heads
+        config = self._config_of(num_heads)
+        shared = {name: getattr(config, name) for name in _SHARED_WITH_VIT}
+        vit_config = ViTConfig(hidden_size=config.hidden_size, intermediate_size=config.intermediate_size, **shared)
+        vit_config.dtype = self.dtype
+        blocks = _leading_blocks(self.state_dict(), config)
+        if config.separate_classifiers:
+            blocks |= {name: block[-1].clone() for name, block in blocks.items() if name.startswith("classifier.")}
+        blocks = {re.sub("^hydravit[.]", "vit.", name): block for name, block in blocks.items()}
+        if self.base_model is self:
+            vit = _assemble(ViTModel, vit_config, blocks, add_pooling_layer=False)
+        else:
+            vit = _assemble(ViTForImageClassification, vit_config, blocks)
+        return vit.train(self.training)
+
+    @classmethod
+    def from_vit(cls, vit_or_deit, num_attention_heads: int = 12, **config_kwargs):
+        """Start from a published ViT or DeiT (paper, "initialised from DeiT-tiny").
+
+        Args:
+            vit_or_deit: A ViT or DeiT of transformers, with or without classifier, or its path or Hub id.
+            num_attention_heads: Heads that the new model holds. Its leading block is filled from those given; more
+                heads are newly initialised, with a warning, and of more only the leading ones are taken.
+            config_kwargs: Further arguments of `HydraViTConfig`. Another `num_labels` gives a new classifier.
+
+        A DeiT's distillation token, which a HydraViT lacks, is left behind, with a warning.
+
+        Raises:
+            TypeError: Not a ViT or DeiT.
+            ValueError: One whose MLP is no multiple of its width.
+        """
+        if not isinstance(vit_or_deit, PreTrainedModel):
+            vit_or_deit = AutoModelForImageClassification.from_pretrained(vit_or_deit)
+        vit = vit_or_deit
+        if not isinstance(vit, (ViTPreTrainedModel, DeiTPreTrainedModel)):
+            raise TypeError(f"`vit_or_deit` must be a ViT or DeiT of transformers, not {type(vit).__name__}.")
+        if vit.config.hidden_size % vit.config.num_attention_heads or (
+            vit.config.intermediate_size % vit.config.hidden_size
+        ):
+            raise ValueError(
+                f"The ViT's intermediate_size={vit.config.intermediate_size} must be a multiple of its hidden_size="
+                f"{vit.config.hidden_size}, and that of its num_attention_heads={vit.config.num_attention_heads}."
+            )
+        shared = {name: getattr(vit.config, name) for name in _SHARED_WITH_VIT if name != "num_attention_heads"}
+        if "num_labels" in config_kwargs:
+            shared = {name: value for name, value in shared.items() if name not in ("id2label", "label2id")}
+        config = cls.config_class(
+            num_attention_heads=num_attention_heads,
+            head_dim=vit.config.hidden_size // vit.config.num_attention_heads,
+            mlp_ratio=vit.config.intermediate_size // vit.config.hidden_size,
+            **shared | config_kwargs,
+        )
+        model = cls(config)
+        model.load_state_dict(_grow(model, _leading_blocks(_vit_tensors(vit, config), config)))
+        return model.to(vit.device, vit.dtype).train(vit.training)
+
+    def _config_of(self, num_heads: int) -> HydraViTConfig:
+        """The configuration of a subnetwork, checked."""
+        _warn_if_untrained(self.config, self.config.check_num_heads(num_heads))
+        return self.config.resized(num_heads)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class HydraViTModel(HydraViTPreTrainedModel):
+    """The encoder, without a classifier."""
+
+    def __init__(self, config: HydraViTConfig):
+        super().__init__(config)
+        self.embeddings = HydraViTEmbeddings(config)
+        rates = torch.linspace(0, config.drop_path_rate, config.num_hidden_layers, device="cpu").tolist()
+        self.layers = nn.ModuleList([HydraViTLayer(config, rate) for rate in rates])
+        self.layernorm = PrefixLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        num_heads_active: int | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """Encode images with the leading heads.
+
+        Args:
+            pixel_values: Images, (B, C, H, W).
+            num_heads_active: Heads to run, k. None: `config.num_heads_active`, else, in `train()` mode, a draw from
+                `config.subnetwork_heads` by torch's default generator, else all heads.
+            interpolate_pos_encoding: Whether to accept images of another size, by interpolating the position
+                embeddings.
+            kwargs: `output_attentions` (one (B, k, N, N) a layer), `output_hidden_states` ((B, N, D), one after the
+                embeddings and one after each layer), `return_dict`.
+
+        Returns:
+            `last_hidden_state` (B, N, D), normalised, and `pooler_output` (B, D), its class token.
+
+        Raises:
+            ValueError: Images of a wrong shape, or a width that the model doesn't hold.
+        """
+        num_heads = self._resolve_num_heads(num_heads_active)
+        pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
+        hidden_states = self.embeddings(pixel_values, num_heads * self.config.head_dim, interpolate_pos_encoding)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        hidden_states = self.layernorm(hidden_states)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0])
+
+    def _resolve_num_heads(self, num_heads_active: int | None) -> int:
+        """The one place where the width of a forward pass is decided."""
+        config = self.config
+        num_heads = config.num_heads_active if num_heads_active is None else num_heads_active
+        if num_heads is None and not self.training:
+            return config.num_attention_heads
+        if num_heads is None:
+            weights = config.subnetwork_weights or [1.0] * len(config.subnetwork_heads)
+            return config.subnetwork_heads[torch.multinomial(torch.tensor(weights, device="cpu"), 1).item()]
+        config.check_num_heads(num_heads)
+        if not torch.compiler.is_compiling():
+            _warn_if_untrained(config, num_heads)
+        return num_heads
+
+
+class HydraViTForImageClassification(HydraViTPreTrainedModel):
+    """The encoder with a linear classifier on its class token."""
+
+    def __init__(self, config: HydraViTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.hydravit = HydraViTModel(config)
+        if config.num_labels == 0:
+            self.classifier = nn.Identity()
+        elif config.separate_classifiers:
+            self.classifier = SeparateClassifiers(config)
+        else:
+            self.classifier = PrefixClassifier(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        num_heads_active: int | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ImageClassifierOutput:
+        """Classify images with the leading heads. The arguments are those of `HydraViTModel.forward`, and:
+
+        Args:
+            labels: (B,) for `config.problem_type` "single_label_classification", (B, labels) for
+                "multi_label_classification" and "regression", (B,) for the latter with one label. Gives a loss.
+
+        Returns:
+            `loss` (scalar, or None without `labels`), `logits` (B, labels), `hidden_states`, `attentions`.
+        """
+        outputs = self.hydravit(
+            pixel_values,
+            num_heads_active=num_heads_active,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            **kwargs,
+        )
+        logits = self.classifier(outputs.pooler_output)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels, logits, self.config, **kwargs)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+def _warn_if_untrained(config: HydraViTConfig, num_heads: int):
+    if num_heads not in config.subnetwork_heads:
+        logger.warning_once(
+            f"This model was not trained to run {num_heads} heads, and untrained widths are close to chance. Its "
+            f"trained widths are {config.subnetwork_heads} heads."
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parameters by name: what belongs to a width, and where it lies in a file
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Arguments that mean the same in `HydraViTConfig` and `ViTConfig`
+_SHARED_WITH_VIT = (
+    "num_attention_heads",
+    "num_hidden_layers",
+    "image_size",
+    "patch_size",
+    "num_channels",
+    "qkv_bias",
+    "hidden_act",
+    "layer_norm_eps",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "initializer_range",
+    "id2label",
+    "label2id",
+    "problem_type",
+)
+
+
+def _num_heads(stored: dict, config: HydraViTConfig) -> int:
+    """The heads that a checkpoint holds, by the shape of its class token."""
+    name = next((name for name in stored if name.endswith("embeddings.cls_token")), None)
+    if name is None or stored[name].shape[-1] % config.head_dim:
+        found = "no class token" if name is None else f"a class token of shape {tuple(stored[name].shape)}"
+        raise ValueError(
+            f"This is not a HydraViT checkpoint with heads of {config.head_dim} channels: it has {found}. To start "
+            "from a ViT or DeiT, use HydraViTForImageClassification.from_vit."
+        )
+    return stored[name].shape[-1] // config.head_dim
+
+
+def _width_dims(name: str, ndim: int) -> tuple[int, ...]:
+    """The dimensions of a parameter that grow with the heads; the leading block is their leading part.
+
+    The others are labels, tokens, input channels and pixels of a patch. A classifier of one dimension more than usual
+    is the stack of `SeparateClassifiers`.
+    """
+    if name == "classifier.weight":
+        return (1,) if ndim == 2 else (0, 2)
+    if name == "classifier.bias":
+        return () if ndim == 1 else (0,)
+    if name.endswith(("embeddings.cls_token", "embeddings.position_embeddings")):
+        return (2,)
+    if name.endswith("patch_embeddings.projection.weight"):
+        return (0,)
+    return tuple(range(ndim))
+
+
+def _leading_blocks(stored: dict, config: HydraViTConfig) -> dict[str, torch.Tensor]:
+    """Copies of the parts of a checkpoint that belong to the heads of `config` (all of it, where it has no more).
+
+    `stored` maps the parameters' names to tensors, or to anything with a `shape` that gives a tensor when sliced.
+    """
+    held = _num_heads(stored, config)
+    blocks = {}
+    for name, tensor in stored.items():
+        shape = list(tensor.shape)
+        for dim in _width_dims(name, len(shape)):
+            shape[dim] = min(shape[dim], shape[dim] * config.num_attention_heads // held)
+        if name.startswith("classifier.") and config.separate_classifiers:
+            shape[0] = min(tensor.shape[0], len(config.subnetwork_heads))
+        block = tensor[tuple(slice(size) for size in shape)]
+        blocks[name] = block.clone(memory_format=torch.contiguous_format)
+    return blocks
+
+
+def _grow(model: HydraViTPreTrainedModel, blocks: dict) -> dict[str, torch.Tensor]:
+    """The parameters of a newly initialised model, with the leading block of each one taken from `blocks`."""
+    held, heads = _num_heads(blocks, model.config), model.config.num_attention_heads
+    if held < heads:
+        logger.warning(
+            f"The checkpoint has {held} heads: heads {held + 1} to {heads} and all that belongs to them are newly "
+            f"initialized. Train the model before you run more than {held} heads."
+        )
+    prefix = f"{model.base_model_prefix}."
+    blocks = {name.removeprefix(prefix): block for name, block in blocks.items()}
+    parameters = model.state_dict()
+    for name, parameter in parameters.items():
+        block = blocks.get(name.removeprefix(prefix))
+        if block is None:
+            logger.warning(f"The checkpoint has no '{name}' that fits: it is newly initialized.")
+            continue
+        grown = _width_dims(name, block.ndim)
+        if all(size == block.shape[dim] for dim, size in enumerate(parameter.shape) if dim not in grown):
+            parameter[tuple(slice(size) for size in block.shape)].copy_(block)
+        else:
+            parameters[name] = block  # another number of labels or tokens: what loads this says so
+    return parameters
+
+
+def _assemble(model_class: type[PreTrainedModel], config: PreTrainedConfig, parameters: dict, **options):
+    """A model that takes over the given parameters as they are, without initialising any of its own."""
+    with torch.device("meta"):
+        model = model_class(config, **options)
+    model.load_state_dict(parameters, assign=True)
+    return model
+
+
+def _vit_tensors(vit: ViTPreTrainedModel | DeiTPreTrainedModel, config: HydraViTConfig) -> dict:
+    """The parameters of a stock ViT or DeiT under the names that they have here."""
+    tensors = {f"hydravit.{name}": tensor for name, tensor in vit.base_model.state_dict().items()}
+    tensors = {name: tensor for name, tensor in tensors.items() if not re.search("pooler|mask_token", name)}
+    if tensors.pop("hydravit.embeddings.distillation_token", None) is not None:
+        logger.warning("HydraViT has no distillation token: that of the DeiT is left behind, and so its logits differ.")
+        positions = tensors["hydravit.embeddings.position_embeddings"]
+        tensors["hydravit.embeddings.position_embeddings"] = torch.cat((positions[:, :1], positions[:, 2:]), dim=1)
+    for name, tensor in vit.state_dict().items():
+        match = re.fullmatch("(?:cls_)?(classifier[.](?:weight|bias))", name)
+        if match and len(tensor) == config.num_labels:
+            if config.separate_classifiers:
+                tensor = tensor.expand(len(config.subnetwork_heads), *tensor.shape)
+            tensors[match[1]] = tensor
+    return tensors
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files: reading the leading rows of safetensors, and replacing a checkpoint without ever losing it
+# ---------------------------------------------------------------------------------------------------------------------
+
+_SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class _StoredTensor:
+    """A tensor in a safetensors file; slicing it reads the leading rows that are asked for and nothing else.
+
+    The rows of a matrix are contiguous, so one read fetches them; the columns are cut in memory, as they share their
+    pages with the rest of the row. Memory maps (safetensors' `get_slice`) make the kernel read the whole file ahead.
+    """
+
+    def __init__(self, path: str, dtype: torch.dtype, shape: list[int], start: int):
+        self.path, self.dtype, self.shape, self.start = path, dtype, shape, start
+
+    def __getitem__(self, slices: tuple[slice, ...]) -> torch.Tensor:
+        shape = [len(range(*slices[0].indices(self.shape[0]))), *self.shape[1:]] if slices else []
+        data = bytearray(math.prod(shape) * self.dtype.itemsize)
+        with open(self.path, "rb", buffering=0) as file:
+            if hasattr(os, "posix_fadvise"):  # Linux; elsewhere the kernel may read somewhat ahead
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            file.seek(self.start)
+            file.readinto(data)
+        return torch.frombuffer(data, dtype=self.dtype).view(shape)[slices]
+
+
+def _find_weights(checkpoint, variant: str | None, hub_kwargs: dict) -> list[str]:
+    """Paths of a checkpoint's safetensors files, fetched from the Hub where needed; empty where it has none."""
+
+    def find(name: str) -> str | None:
+        if variant is not None:
+            name = f".{variant}.".join(name.rsplit(".", 1))
+        try:
+            return cached_file(checkpoint, name, **hub_kwargs)
+        except OSError:
+            return None  # the loading that follows says what is wrong
+
+    if (weights := find(SAFE_WEIGHTS_NAME)) is not None:
+        return [weights]
+    if (index := find(SAFE_WEIGHTS_INDEX_NAME)) is None:
+        return []
+    shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    return [cached_file(checkpoint, shard, **hub_kwargs) for shard in shards]
+
+
+def _read_header(path: str) -> dict[str, _StoredTensor]:
+    """The tensors of a safetensors file: 8 bytes with the header's length, the header (JSON), the data."""
+    try:
+        file_size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            (header_size,) = struct.unpack("<Q", file.read(8))
+            if header_size > file_size:
+                raise ValueError("the header does not fit into the file")
+            header = json.loads(file.read(header_size))
+        header.pop("__metadata__", None)
+        tensors = {}
+        for name, entry in header.items():
+            start, end = (8 + header_size + offset for offset in entry["data_offsets"])
+            dtype, shape = _SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"]
+            if end - start != math.prod(shape) * dtype.itemsize or end > file_size:
+                raise ValueError(f"the file ends before the data of '{name}'")
+            tensors[name] = _StoredTensor(path, dtype, shape, start)
+        return tensors
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise OSError(f"'{path}' is not a whole safetensors file of floating-point weights: {error}") from error
+
+
+def _move_checkpoint(staging: Path, directory: Path):
+    """Replace the checkpoint in `directory` by that in `staging`.
+
+    Each file moves in one step. The one that loading starts from, `model.safetensors` or the index of the shards, moves
+    last, and no shard takes the name of one that the present index needs.
+    """
+    index_file = staging / SAFE_WEIGHTS_INDEX_NAME
+    shards: dict[str, str] = {}
+    if index_file.exists():
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+        for name in set(index["weight_map"].values()):
+            copy = 0
+            while (directory / shards.get(name, name)).exists():
+                copy += 1
+                shards[name] = name.replace("model-", f"model-{copy}-", 1)
+            shards.setdefault(name, name)
+        index["weight_map"] = {tensor: shards[shard] for tensor, shard in index["weight_map"].items()}
+        index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    entries = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    entry = next((name for name in entries if (staging / name).exists()), None)
+    for file in sorted(staging.iterdir(), key=lambda file: (file.name == entry, file.name == CONFIG_NAME)):
+        os.replace(file, directory / shards.get(file.name, file.name))
+    if entry is None:
+        return
+    for name in set(entries) - {entry}:
+        (directory / name).unlink(missing_ok=True)
+    for file in directory.glob("model-*-of-*.safetensors"):
+        if file.name not in shards.values():
+            file.unlink()
+
+
+HydraViTModel.register_for_auto_class("AutoModel")
+HydraViTForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+
+__all__ = ["HydraViTForImageClassification", "HydraViTModel", "HydraViTPreTrainedModel"]
