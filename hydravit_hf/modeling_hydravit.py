@@ -71,10 +71,12 @@ class PrefixLinear(nn.Linear):
     """A linear layer between widths: a fraction of the input channels gives the same fraction of the output's."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        width = hidden_states.shape[-1]
-        out_width = self.out_features * width // self.in_features
-        bias = None if self.bias is None else self.bias[:out_width]
-        return nn.functional.linear(hidden_states, self.weight[:out_width, :width], bias)
+        width, weight, bias = hidden_states.shape[-1], self.weight, self.bias
+        if width < self.in_features:
+            out_width = self.out_features * width // self.in_features
+            weight = weight[:out_width, :width]
+            bias = None if bias is None else bias[:out_width]
+        return nn.functional.linear(hidden_states, weight, bias)
 
 
 class PrefixClassifier(nn.Linear):
@@ -88,8 +90,10 @@ class PrefixLayerNorm(nn.LayerNorm):
     """A layer norm over the channels that it is given."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        width = hidden_states.shape[-1]
-        return nn.functional.layer_norm(hidden_states, (width,), self.weight[:width], self.bias[:width], self.eps)
+        width, weight, bias = hidden_states.shape[-1], self.weight, self.bias
+        if width < len(weight):
+            weight, bias = weight[:width], bias[:width]
+        return nn.functional.layer_norm(hidden_states, (width,), weight, bias, self.eps)
 
 
 class SeparateClassifiers(nn.Module):
@@ -235,18 +239,12 @@ class HydraViTMLP(nn.Module):
         return self.fc2(self.activation_fn(self.fc1(hidden_states)))
 
 
-class HydraViTDropPath(nn.Module):
+def drop_path(hidden_states: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
     """Stochastic depth (https://arxiv.org/abs/1603.09382): in training, drop a residual branch for whole images."""
-
-    def __init__(self, rate: float):
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.rate == 0.0 or not self.training:
-            return hidden_states
-        kept = hidden_states.new_empty(len(hidden_states), 1, 1).bernoulli_(1 - self.rate)
-        return hidden_states * kept / (1 - self.rate)
+    if rate == 0.0 or not training:
+        return hidden_states
+    kept = hidden_states.new_empty(len(hidden_states), 1, 1).bernoulli_(1 - rate)
+    return hidden_states * kept / (1 - rate)
 
 
 class HydraViTLayer(GradientCheckpointingLayer):
@@ -259,13 +257,14 @@ class HydraViTLayer(GradientCheckpointingLayer):
         self.layernorm_after = PrefixLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = HydraViTMLP(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.drop_path = HydraViTDropPath(drop_path_rate)
+        self.drop_path_rate = drop_path_rate
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
         attention_output, _ = self.attention(self.layernorm_before(hidden_states), **kwargs)
-        hidden_states = hidden_states + self.drop_path(self.dropout(attention_output))
-        mlp_output = self.mlp(self.layernorm_after(hidden_states))
-        return hidden_states + self.drop_path(self.dropout(mlp_output))
+        attention_output = self.dropout(attention_output)
+        hidden_states = hidden_states + drop_path(attention_output, self.drop_path_rate, self.training)
+        mlp_output = self.dropout(self.mlp(self.layernorm_after(hidden_states)))
+        return hidden_states + drop_path(mlp_output, self.drop_path_rate, self.training)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -328,12 +327,14 @@ class HydraViTPreTrainedModel(PreTrainedModel):
         kwargs.pop("trust_remote_code", None)
         if not isinstance(config, PreTrainedConfig):
             source = pretrained_model_name_or_path if config is None else config
+            dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
             config, kwargs = cls.config_class.from_pretrained(source, return_unused_kwargs=True, **hub_kwargs, **kwargs)
+            kwargs |= dtype
         stored = {}
         if kwargs.get("use_safetensors") is not False and kwargs.get("state_dict") is None:
             for file in _find_weights(pretrained_model_name_or_path, kwargs.get("variant"), hub_kwargs):
                 stored |= _read_header(file)
-        if not stored or _num_heads(stored, config) == config.num_attention_heads:
+        if _num_heads(stored, config) in (config.num_attention_heads, None):
             return super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, config=config, **hub_kwargs, **kwargs
             )
@@ -395,7 +396,7 @@ class HydraViTPreTrainedModel(PreTrainedModel):
         vit_config.dtype = self.dtype
         blocks = _leading_blocks(self.state_dict(), config)
         if config.separate_classifiers:
-            blocks |= {name: block[-1].clone() for name, block in blocks.items() if name.startswith("classifier.")}
+            blocks |= {name: block[-1] for name, block in blocks.items() if name.startswith("classifier.")}
         blocks = {re.sub("^hydravit[.]", "vit.", name): block for name, block in blocks.items()}
         if self.base_model is self:
             vit = _assemble(ViTModel, vit_config, blocks, add_pooling_layer=False)
@@ -593,16 +594,17 @@ _SHARED_WITH_VIT = (
 )
 
 
-def _num_heads(stored: dict, config: HydraViTConfig) -> int:
-    """The heads that a checkpoint holds, by the shape of its class token."""
+def _num_heads(stored: dict, config: HydraViTConfig) -> int | None:
+    """The heads that a checkpoint holds, by the shape of its class token; None where it has none."""
     name = next((name for name in stored if name.endswith("embeddings.cls_token")), None)
-    if name is None or stored[name].shape[-1] % config.head_dim:
-        found = "no class token" if name is None else f"a class token of shape {tuple(stored[name].shape)}"
+    if name is None:
+        return None
+    width = stored[name].shape[-1]
+    if width % config.head_dim:
         raise ValueError(
-            f"This is not a HydraViT checkpoint with heads of {config.head_dim} channels: it has {found}. To start "
-            "from a ViT or DeiT, use HydraViTForImageClassification.from_vit."
+            f"The checkpoint is {width} channels wide, which is no multiple of head_dim={config.head_dim}."
         )
-    return stored[name].shape[-1] // config.head_dim
+    return width // config.head_dim
 
 
 def _width_dims(name: str, ndim: int) -> tuple[int, ...]:
@@ -623,7 +625,7 @@ def _width_dims(name: str, ndim: int) -> tuple[int, ...]:
 
 
 def _leading_blocks(stored: dict, config: HydraViTConfig) -> dict[str, torch.Tensor]:
-    """Copies of the parts of a checkpoint that belong to the heads of `config` (all of it, where it has no more).
+    """The parts of a checkpoint that belong to the heads of `config` (all of it, where it has no more).
 
     `stored` maps the parameters' names to tensors, or to anything with a `shape` that gives a tensor when sliced.
     """
@@ -635,8 +637,7 @@ def _leading_blocks(stored: dict, config: HydraViTConfig) -> dict[str, torch.Ten
             shape[dim] = min(shape[dim], shape[dim] * config.num_attention_heads // held)
         if name.startswith("classifier.") and config.separate_classifiers:
             shape[0] = min(tensor.shape[0], len(config.subnetwork_heads))
-        block = tensor[tuple(slice(size) for size in shape)]
-        blocks[name] = block.clone(memory_format=torch.contiguous_format)
+        blocks[name] = tensor[tuple(slice(size) for size in shape)]
     return blocks
 
 
@@ -665,10 +666,11 @@ def _grow(model: HydraViTPreTrainedModel, blocks: dict) -> dict[str, torch.Tenso
 
 
 def _assemble(model_class: type[PreTrainedModel], config: PreTrainedConfig, parameters: dict, **options):
-    """A model that takes over the given parameters as they are, without initialising any of its own."""
+    """A model with copies of the given parameters, and none that is initialised first."""
     with torch.device("meta"):
         model = model_class(config, **options)
-    model.load_state_dict(parameters, assign=True)
+    copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in parameters.items()}
+    model.load_state_dict(copies, assign=True)
     return model
 
 
@@ -693,7 +695,18 @@ def _vit_tensors(vit: ViTPreTrainedModel | DeiTPreTrainedModel, config: HydraViT
 # Files: reading the leading rows of safetensors, and replacing a checkpoint without ever losing it
 # ---------------------------------------------------------------------------------------------------------------------
 
-_SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 class _StoredTensor:
@@ -703,18 +716,22 @@ class _StoredTensor:
     pages with the rest of the row. Memory maps (safetensors' `get_slice`) make the kernel read the whole file ahead.
     """
 
-    def __init__(self, path: str, dtype: torch.dtype, shape: list[int], start: int):
+    def __init__(self, path: str, dtype: torch.dtype, shape: list[int], start: int, scratch: bytearray):
         self.path, self.dtype, self.shape, self.start = path, dtype, shape, start
+        self.scratch = scratch  # shared by the tensors of a file: fresh memory for each would cost more than the reads
 
     def __getitem__(self, slices: tuple[slice, ...]) -> torch.Tensor:
         shape = [len(range(*slices[0].indices(self.shape[0]))), *self.shape[1:]] if slices else []
-        data = bytearray(math.prod(shape) * self.dtype.itemsize)
+        count = math.prod(shape)
+        size = count * self.dtype.itemsize
+        self.scratch.extend(bytes(max(0, size - len(self.scratch))))
         with open(self.path, "rb", buffering=0) as file:
             if hasattr(os, "posix_fadvise"):  # Linux; elsewhere the kernel may read somewhat ahead
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             file.seek(self.start)
-            file.readinto(data)
-        return torch.frombuffer(data, dtype=self.dtype).view(shape)[slices]
+            file.readinto(memoryview(self.scratch)[:size])
+        rows = torch.frombuffer(self.scratch, dtype=self.dtype, count=count).view(shape)
+        return rows[slices].clone(memory_format=torch.contiguous_format)
 
 
 def _find_weights(checkpoint, variant: str | None, hub_kwargs: dict) -> list[str]:
@@ -746,16 +763,16 @@ def _read_header(path: str) -> dict[str, _StoredTensor]:
                 raise ValueError("the header does not fit into the file")
             header = json.loads(file.read(header_size))
         header.pop("__metadata__", None)
-        tensors = {}
+        tensors, scratch = {}, bytearray()
         for name, entry in header.items():
             start, end = (8 + header_size + offset for offset in entry["data_offsets"])
             dtype, shape = _SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"]
             if end - start != math.prod(shape) * dtype.itemsize or end > file_size:
                 raise ValueError(f"the file ends before the data of '{name}'")
-            tensors[name] = _StoredTensor(path, dtype, shape, start)
+            tensors[name] = _StoredTensor(path, dtype, shape, start, scratch)
         return tensors
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise OSError(f"'{path}' is not a whole safetensors file of floating-point weights: {error}") from error
+        raise OSError(f"'{path}' is not a whole safetensors file: {error}") from error
 
 
 def _move_checkpoint(staging: Path, directory: Path):
