@@ -1,0 +1,151 @@
+"""Convert a training file of the original implementation (https://github.com/ds-kiel/HydraViT) into a saved folder.
+
+    python -m hydravit_hf.convert_checkpoint model_best.pth.tar hydravit-base-patch16-224
+
+The original saves timm training files, `{epoch, arch, state_dict, optimizer, version, args, state_dict_ema, metric}`.
+"""
+
+import argparse
+import math
+import pickle
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from .configuration_hydravit import HydraViTConfig
+from .image_processing import make_image_processor
+from .modeling_hydravit import HydraViTForImageClassification
+
+HEAD_DIM = 64  # of every original model
+CROP_FRACTION = 0.9  # of the original's evaluation
+
+# Original name -> name here; `qkv` stands for the three projections that are stacked in one matrix there
+KEYS = {
+    r"cls_token": r"hydravit.embeddings.cls_token",
+    r"pos_embed": r"hydravit.embeddings.position_embeddings",
+    r"patch_embed\.proj\.(weight|bias)": r"hydravit.embeddings.patch_embeddings.projection.\1",
+    r"blocks\.(\d+)\.norm1\.(weight|bias)": r"hydravit.layers.\1.layernorm_before.\2",
+    r"blocks\.(\d+)\.norm2\.(weight|bias)": r"hydravit.layers.\1.layernorm_after.\2",
+    r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)": r"hydravit.layers.\1.attention.qkv_proj.\2",
+    r"blocks\.(\d+)\.attn\.proj\.(weight|bias)": r"hydravit.layers.\1.attention.o_proj.\2",
+    r"blocks\.(\d+)\.mlp\.(fc1|fc2)\.(weight|bias)": r"hydravit.layers.\1.mlp.\2.\3",
+    r"norm\.(weight|bias)": r"hydravit.layernorm.\1",
+    r"head\.(weight|bias)": r"classifier.\1",
+}
+
+
+def read_original_checkpoint(
+    path: str | Path, use_ema: bool = True
+) -> tuple[dict[str, torch.Tensor], argparse.Namespace]:
+    """The weights of an original training file, by their original names, and the arguments it was trained with.
+
+    Nothing but tensors, plain containers and one `argparse.Namespace` is unpickled.
+
+    Raises:
+        OSError: There is no such file, or it is damaged.
+        ValueError: It holds other objects, which could run code, or no weights.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused is None:
+            raise OSError(f"'{path}' is not a PyTorch checkpoint, or it is damaged.") from error
+        raise ValueError(
+            f"'{path}' is refused: besides tensors it holds {refused[1]}, and loading that could run code."
+        ) from error
+    except (RuntimeError, EOFError) as error:
+        raise OSError(f"'{path}' is not a PyTorch checkpoint, or it is damaged: {error}") from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"'{path}' holds a {type(checkpoint).__name__}, not the dictionary of a training file.")
+    entry = "state_dict_ema" if use_ema else "state_dict"
+    if not isinstance(checkpoint.get(entry), dict):
+        raise ValueError(f"'{path}' has no '{entry}'; its entries are {sorted(map(str, checkpoint))}.")
+    weights = {name.removeprefix("module."): tensor for name, tensor in checkpoint[entry].items()}
+    arguments = checkpoint.get("args")
+    return weights, arguments if isinstance(arguments, argparse.Namespace) else argparse.Namespace()
+
+
+def convert_original_checkpoint(path: str | Path, use_ema: bool = True, **config) -> HydraViTForImageClassification:
+    """A HydraViT with the weights of an original training file.
+
+    Args:
+        path: The `.pth.tar` file.
+        use_ema: Whether to take the averaged weights, with which the original was evaluated, or the last ones.
+        config: Arguments of `HydraViTConfig` that the weights don't tell, such as `id2label` or `subnetwork_heads`.
+
+    Raises:
+        OSError: There is no such file, or it is damaged.
+        ValueError: It holds something that could run code, or not the weights of a HydraViT.
+    """
+    original, _ = read_original_checkpoint(path, use_ema)
+    weights = {}
+    for name, tensor in original.items():
+        matches = [(pattern, new) for pattern, new in KEYS.items() if re.fullmatch(pattern, name)]
+        if not matches:
+            raise ValueError(f"'{path}' holds '{name}', which no HydraViT has.")
+        renamed = re.sub(*matches[0], name)
+        if "qkv_proj" in renamed:
+            for projection, third in zip("qkv", tensor.chunk(3), strict=True):
+                weights[renamed.replace("qkv_proj", f"{projection}_proj")] = third
+        else:
+            weights[renamed] = tensor
+    try:
+        model = HydraViTForImageClassification(_infer_config(weights, config))
+        model.load_state_dict(weights)
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"'{path}' does not hold all the weights of a HydraViT: {error}") from error
+    return model.eval()
+
+
+def _infer_config(weights: dict[str, torch.Tensor], config: dict) -> HydraViTConfig:
+    """The configuration that follows from the shapes of the weights."""
+    labels, width = weights["classifier.weight"].shape
+    _, channels, patch_size, _ = weights["hydravit.embeddings.patch_embeddings.projection.weight"].shape
+    num_patches = weights["hydravit.embeddings.position_embeddings"].shape[1] - 1
+    return HydraViTConfig(
+        num_attention_heads=width // HEAD_DIM,
+        head_dim=HEAD_DIM,
+        num_hidden_layers=len([name for name in weights if name.endswith("layernorm_before.weight")]),
+        mlp_ratio=weights["hydravit.layers.0.mlp.fc1.weight"].shape[0] // width,
+        image_size=math.isqrt(num_patches) * patch_size,
+        patch_size=patch_size,
+        num_channels=channels,
+        qkv_bias="hydravit.layers.0.attention.q_proj.bias" in weights,
+        **{"num_labels": labels} | config,
+    )
+
+
+def main(arguments: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, metavar="SRC", help="the original's .pth.tar file")
+    parser.add_argument("folder", type=Path, metavar="DST", help="the folder to save to; new or empty")
+    parser.add_argument("--no_ema", action="store_true", help="take the last weights, not the averaged ones")
+    args = parser.parse_args(arguments)
+    if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
+        parser.error(f"'{args.folder}' exists and is not an empty folder")
+    try:
+        model = convert_original_checkpoint(args.source, use_ema=not args.no_ema)
+        _, trained_with = read_original_checkpoint(args.source, use_ema=not args.no_ema)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    statistics = {
+        f"image_{name}": tuple(getattr(trained_with, name))
+        for name in ("mean", "std")
+        if getattr(trained_with, name, None)
+    }
+    processor = make_image_processor(model.config, crop_fraction=CROP_FRACTION, **statistics)
+    model.save_pretrained(args.folder)
+    processor.save_pretrained(args.folder)
+    config = model.config
+    print(
+        f"Saved a {config.num_attention_heads}-head HydraViT with {config.num_hidden_layers} layers, for "
+        f"{config.image_size}-pixel images and {config.num_labels} labels, to {args.folder}"
+    )
+
+
+if __name__ == "__main__":
+    main()

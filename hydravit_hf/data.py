@@ -1,0 +1,90 @@
+"""Labelled images as a `datasets.DatasetDict` with a train and a test split, and their way into a model."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
+from PIL import Image as PILImage
+
+HELD_OUT = 0.2  # of a data set that has no test split of its own
+
+
+def load_digits() -> DatasetDict:
+    """The 1,797 handwritten digits of 8 x 8 pixels that scikit-learn ships, as RGB images; a fifth is held out, with
+    the same share of every digit, and is always the same fifth."""
+    from sklearn import datasets as sklearn_datasets
+
+    digits = sklearn_datasets.load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    columns = {"image": [PILImage.fromarray(image).convert("RGB") for image in pixels], "label": digits.target}
+    features = Features({"image": Image(), "label": ClassLabel(names=[str(name) for name in digits.target_names])})
+    return hold_out(Dataset.from_dict(columns, features=features))
+
+
+def load_images(dataset_name: str | None = None, data_dir: str | Path | None = None, **kwargs) -> DatasetDict:
+    """Labelled images from the Hub or a local folder, with the columns `image` and `label`.
+
+    Args:
+        dataset_name: A dataset id of the Hub, such as "ILSVRC/imagenet-1k".
+        data_dir: Instead, a folder of images, `train/cat/1.png`, or of parquet files; see the guide "Create an image
+            dataset" of `datasets` for what it may look like.
+        kwargs: Further arguments of `datasets.load_dataset`.
+
+    Without either, the digits of `load_digits`. A data set without a validation or test split has a fifth held out.
+
+    Raises:
+        OSError: There is no such folder or data set.
+        ValueError: It has no images, or no labels that name classes.
+    """
+    if dataset_name is not None and data_dir is not None:
+        raise ValueError("Give `dataset_name` or `data_dir`, not both.")
+    if dataset_name is None and data_dir is None:
+        return load_digits()
+    if data_dir is not None and not Path(data_dir).is_dir():
+        raise FileNotFoundError(f"There is no folder '{data_dir}'.")
+    splits = load_dataset(dataset_name or str(data_dir), **kwargs)
+    train = splits["train"]
+    image = _only_column(train, Image)
+    label = next((name for name in ("label", "labels", "fine_label") if name in train.column_names), None)
+    if label is None:
+        label = _only_column(train, ClassLabel)
+    splits = splits.select_columns([image, label])
+    splits = splits.rename_columns({old: new for old, new in ((image, "image"), (label, "label")) if old != new})
+    if not isinstance(splits["train"].features["label"], ClassLabel):
+        splits = splits.class_encode_column("label")
+    test = next((name for name in ("validation", "valid", "test") if name in splits), None)
+    if test is None:
+        return hold_out(splits["train"])
+    return DatasetDict({"train": splits["train"], "test": splits[test]})
+
+
+def hold_out(dataset: Dataset) -> DatasetDict:
+    """Split a data set into train and test, with the same share of every class."""
+    return dataset.train_test_split(HELD_OUT, stratify_by_column="label", seed=0)
+
+
+def to_pixel_values(processor, augment=None):
+    """A transform for `Dataset.with_transform`: images and labels to `pixel_values` (C, H, W) and `labels`.
+
+    Args:
+        processor: The model's image processor.
+        augment: A function of a PIL image that gives another one, or None.
+    """
+
+    def transform(batch: dict) -> dict:
+        images = batch["image"] if augment is None else [augment(image.convert("RGB")) for image in batch["image"]]
+        pixel_values = processor(images, return_tensors="pt")["pixel_values"]
+        return {"pixel_values": list(pixel_values), "labels": torch.tensor(batch["label"])}
+
+    return transform
+
+
+def _only_column(dataset: Dataset, feature: type) -> str:
+    names = [name for name, value in dataset.features.items() if isinstance(value, feature)]
+    if len(names) != 1:
+        raise ValueError(
+            f"The data set must have one column of type {feature.__name__}, not {names}; it has the columns "
+            f"{dataset.column_names}."
+        )
+    return names[0]
