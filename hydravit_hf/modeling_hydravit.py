@@ -507,8 +507,9 @@ class HydraViTModel(HydraViTPreTrainedModel):
         if num_heads is None and not self.training:
             return config.num_attention_heads
         if num_heads is None:
-            weights = config.subnetwork_weights or [1.0] * len(config.subnetwork_heads)
-            return config.subnetwork_heads[torch.multinomial(torch.tensor(weights, device="cpu"), 1).item()]
+            heads = config.subnetwork_heads
+            weights = torch.tensor(config.subnetwork_weights or [1.0] * len(heads), dtype=torch.float64, device="cpu")
+            return heads[torch.multinomial(weights, 1).item()]
         config.check_num_heads(num_heads)
         if not torch.compiler.is_compiling():
             _warn_if_untrained(config, num_heads)

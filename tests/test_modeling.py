@@ -1,0 +1,337 @@
+"""A subnetwork is the leading part of the model, and nothing else about it is special."""
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from conftest import HEADS
+from transformers import (
+    AutoModel,
+    AutoModelForImageClassification,
+    DeiTConfig,
+    DeiTForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
+from transformers.utils import logging
+
+from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, HydraViTModel
+
+VARIANTS = {
+    "plain": {},
+    "separate classifiers": {"separate_classifiers": True},
+    "no qkv bias": {"qkv_bias": False},
+    "gray rectangles": {"num_channels": 1, "image_size": (8, 12), "patch_size": (4, 2)},
+    "MLP of 2, ReLU": {"mlp_ratio": 2, "hidden_act": "relu", "layer_norm_eps": 1e-3},
+}
+
+
+@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS)
+def variant(request, make_model):
+    model = make_model(**request.param)
+    size = model.config.image_size
+    return model, torch.randn(3, model.config.num_channels, *(size if isinstance(size, tuple) else (size, size)))
+
+
+@pytest.mark.parametrize("num_heads", HEADS)
+def test_elastic_extracted_and_stock_vit_agree(variant, num_heads):
+    model, images = variant
+    elastic = model(images, num_heads_active=num_heads, output_hidden_states=True)
+    extracted = model.extract_subnetwork(num_heads)
+    stock = model.to_vit(num_heads)
+    assert type(stock) is ViTForImageClassification
+    for other in (extracted(images), stock(images)):
+        torch.testing.assert_close(other.logits, elastic.logits, atol=1e-5, rtol=0)
+    states = stock(images, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(states, elastic.hidden_states, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("num_heads", HEADS)
+def test_the_encoder_alone_agrees_with_a_stock_encoder(model, images, num_heads):
+    encoder = model.hydravit
+    outputs = encoder(images, num_heads_active=num_heads)
+    stock = encoder.to_vit(num_heads)
+    assert type(stock) is ViTModel
+    torch.testing.assert_close(stock(images).last_hidden_state, outputs.last_hidden_state, atol=1e-5, rtol=0)
+    torch.testing.assert_close(outputs.pooler_output, outputs.last_hidden_state[:, 0])
+    extracted = encoder.extract_subnetwork(num_heads)
+    assert type(extracted) is HydraViTModel
+    torch.testing.assert_close(extracted(images).last_hidden_state, outputs.last_hidden_state, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("num_heads", [1, 3, 5])
+def test_what_lies_outside_the_prefix_never_matters(variant, num_heads):
+    model, images = variant
+    before = model(images, num_heads_active=num_heads).logits
+    inside = {name: tensor.shape for name, tensor in model.extract_subnetwork(num_heads).state_dict().items()}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            kept = parameter[tuple(slice(size) for size in inside[name])].clone()
+            parameter.fill_(torch.nan)
+            parameter[tuple(slice(size) for size in inside[name])] = kept
+    torch.testing.assert_close(model(images, num_heads_active=num_heads).logits, before, atol=0, rtol=0)
+
+
+def test_every_parameter_inside_the_prefix_matters(model, images):
+    num_heads = 3
+    model(images, num_heads_active=num_heads).logits.pow(2).sum().backward()
+    inside = {name: tensor.shape for name, tensor in model.extract_subnetwork(num_heads).state_dict().items()}
+    for name, parameter in model.named_parameters():
+        block = tuple(slice(size) for size in inside[name])
+        if not name.endswith("k_proj.bias"):  # adds the same to all scores of a query, which softmax ignores
+            assert parameter.grad[block].count_nonzero() == parameter[block].numel(), name
+        assert parameter.grad.count_nonzero() == parameter.grad[block].count_nonzero(), name
+
+
+def test_widths_do_not_depend_on_what_ran_before(model, images):
+    first, narrow, again = (model(images, num_heads_active=k).logits for k in (6, 3, 6))
+    assert torch.equal(first, again)
+    assert torch.equal(narrow, model(images, num_heads_active=3).logits)
+
+
+def test_threads_at_different_widths_never_mix(model):
+    images = torch.randn(1, 3, 16, 16)
+    expected = {k: model(images, num_heads_active=k).logits for k in HEADS}
+
+    def mismatches(thread: int) -> int:
+        widths = np.random.default_rng(thread).integers(1, 7, 1000).tolist()
+        with torch.inference_mode():
+            results = [(k, model(images, num_heads_active=k).logits) for k in widths]
+        return sum(not torch.allclose(logits, expected[k], atol=1e-6) for k, logits in results)
+
+    with ThreadPoolExecutor(4) as threads:
+        assert sum(threads.map(mismatches, range(4))) == 0
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_two_widths_before_one_backward_agree_under_gradient_checkpointing(make_model, images, use_reentrant):
+    plain = make_model()
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    labels = torch.tensor([0, 1, 2])
+    for model in (plain.train(), checkpointed.train()):
+        sum(model(images, labels=labels, num_heads_active=k).loss for k in (2, 5)).backward()
+    for (name, expected), parameter in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, expected.grad, msg=name)
+
+
+@pytest.mark.parametrize("separate_classifiers", [False, True])
+def test_every_parameter_has_a_gradient_at_every_width(make_model, images, separate_classifiers):
+    model = make_model(separate_classifiers=separate_classifiers).train()
+    for num_heads in HEADS:
+        model.zero_grad(set_to_none=True)
+        model(images, labels=torch.tensor([0, 1, 2]), num_heads_active=num_heads).loss.backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_separate_classifiers_share_the_encoder_and_nothing_else(make_model, images):
+    model = make_model(separate_classifiers=True)
+    before = {k: model(images, num_heads_active=k).logits for k in HEADS}
+    with torch.no_grad():
+        model.classifier.weight[2] += 1.0  # that of 3 heads
+    changed = [k for k in HEADS if not torch.equal(before[k], model(images, num_heads_active=k).logits)]
+    assert changed == [3]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_implementations_agree_and_maps_are_one_for_each_active_head(model, images, implementation):
+    expected = model(images, num_heads_active=4).logits
+    model.set_attn_implementation(implementation)
+    outputs = model(images, num_heads_active=4, output_attentions=True)
+    torch.testing.assert_close(outputs.logits, expected, atol=1e-5, rtol=0)
+    assert [tuple(weights.shape) for weights in outputs.attentions] == [(3, 4, 17, 17)] * 2
+    torch.testing.assert_close(outputs.attentions[0].sum(-1), torch.ones(3, 4, 17))
+    assert model(images, num_heads_active=4).attentions is None
+
+
+def test_hidden_states_are_as_wide_as_the_subnetwork(model, images):
+    states = model(images, num_heads_active=2, output_hidden_states=True).hidden_states
+    assert [tuple(state.shape) for state in states] == [(3, 17, 16)] * 3
+
+
+def test_the_default_width_is_all_heads_then_the_configured_then_the_argument(model, images):
+    assert torch.equal(model(images).logits, model(images, num_heads_active=6).logits)
+    model.config.num_heads_active = 4
+    assert torch.equal(model(images).logits, model(images, num_heads_active=4).logits)
+    assert not torch.equal(model(images).logits, model(images, num_heads_active=2).logits)
+
+
+def test_training_mode_draws_the_widths_by_their_odds(make_model, images):
+    model = make_model(subnetwork_heads=[2, 4, 6], subnetwork_weights=[1, 0, 3]).train()
+    widths = [model.hydravit(images[:1]).pooler_output.shape[-1] // 8 for _ in range(400)]
+    assert set(widths) == {2, 6}
+    assert 0.65 < widths.count(6) / len(widths) < 0.85
+    model.config.num_heads_active = 4  # pinned: this width only
+    assert {model.hydravit(images[:1]).pooler_output.shape[-1] for _ in range(20)} == {32}
+    model.config.num_heads_active = None
+    assert {model.eval().hydravit(images[:1]).pooler_output.shape[-1] for _ in range(20)} == {48}
+
+
+@pytest.mark.parametrize("num_heads", [0, 7, -1, True, False, 3.0, "3", np.float64(3)])
+def test_a_wrong_width_is_an_error_that_names_the_range(model, images, num_heads):
+    for call in (
+        lambda: model(images, num_heads_active=num_heads),
+        lambda: model.extract_subnetwork(num_heads),
+        lambda: model.to_vit(num_heads),
+    ):
+        with pytest.raises(ValueError, match="from 1 to 6"):
+            call()
+
+
+def test_an_untrained_width_runs_with_one_warning(make_model, images, monkeypatch, capfd):
+    monkeypatch.setattr(logging.get_logger("hydravit_hf"), "propagate", False)
+    model = make_model(subnetwork_heads=[2, 6])
+    for _ in range(3):
+        model(images, num_heads_active=5)
+    model(images, num_heads_active=2)
+    errors = capfd.readouterr().err
+    assert errors.count("not trained to run 5 heads") == 1
+    assert "[2, 6]" in errors
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 1, 16, 16), "channels"),
+        ((3, 16, 16), r"\(batch, 3, 16, 16\)"),
+        ((2, 3, 16, 20), "interpolate_pos_encoding=True"),
+        ((2, 3, 8, 8), "interpolate_pos_encoding=True"),
+    ],
+)
+def test_images_of_a_wrong_shape_are_an_error_that_says_so(model, shape, message):
+    with pytest.raises(ValueError, match=message):
+        model(torch.randn(shape))
+
+
+def test_other_image_sizes_run_with_interpolated_positions(model):
+    with pytest.raises(ValueError, match="multiple of the patch size"):
+        model(torch.randn(1, 3, 17, 16), interpolate_pos_encoding=True)
+    images = torch.randn(2, 3, 24, 24)
+    stock = model.to_vit(4)(images, interpolate_pos_encoding=True).logits
+    elastic = model(images, num_heads_active=4, interpolate_pos_encoding=True).logits
+    torch.testing.assert_close(elastic, stock, atol=1e-5, rtol=0)
+    assert model(torch.randn(2, 3, 8, 24), interpolate_pos_encoding=True).logits.shape == (2, 5)
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(model(images, interpolate_pos_encoding=True).logits, model(images).logits)
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "labels"),
+    [
+        ("single_label_classification", torch.tensor([0, 4, 2])),
+        ("multi_label_classification", torch.eye(5)[[0, 4, 2]]),
+        ("regression", torch.randn(3, 5)),
+    ],
+)
+def test_every_problem_type_has_the_loss_of_the_stock_vit(make_model, images, problem_type, labels):
+    model = make_model(problem_type=problem_type)
+    loss = model(images, labels=labels, num_heads_active=3).loss
+    torch.testing.assert_close(loss, model.to_vit(3)(images, labels=labels).loss)
+    loss.backward()
+
+
+def test_outputs_are_tuples_on_request(model, images):
+    loss, logits = model(images, labels=torch.tensor([0, 1, 2]), return_dict=False)
+    assert loss.ndim == 0 and logits.shape == (3, 5)
+
+
+def test_drop_path_drops_whole_images_and_keeps_the_mean(make_model):
+    model = make_model(drop_path_rate=0.5)
+    assert [layer.drop_path_rate for layer in model.hydravit.layers] == [0.0, 0.5]
+    images = torch.randn(1, 3, 16, 16).expand(500, -1, -1, -1)
+    tokens = model.hydravit.embeddings(images, 48)
+    outputs = model.hydravit.layers[1].train()(tokens)
+    kinds = {tuple(output.round(decimals=2).flatten().tolist()) for output in outputs}
+    assert len(kinds) == 4  # each of the two branches kept or dropped
+    untouched = sum(torch.equal(output, token) for output, token in zip(outputs, tokens, strict=True))
+    assert 0.15 < untouched / 500 < 0.35  # both dropped
+
+
+def test_weights_start_as_the_configuration_says():
+    config = HydraViTConfig(num_attention_heads=4, num_hidden_layers=2, image_size=32, initializer_range=0.1)
+    for name, parameter in HydraViTForImageClassification(config).named_parameters():
+        if "layernorm" in name and name.endswith("weight"):
+            assert (parameter == 1).all(), name
+        elif name.endswith("bias"):
+            assert (parameter == 0).all(), name
+        else:
+            assert 0.08 < parameter.std() < 0.12 and parameter.mean().abs() < 0.02, name
+
+
+VIT = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": 2}
+VIT |= {"image_size": 16, "patch_size": 4, "num_labels": 5}
+
+
+@pytest.mark.parametrize("num_attention_heads", [2, 6])
+@pytest.mark.parametrize("separate_classifiers", [False, True])
+def test_a_model_from_a_vit_has_its_function_in_the_leading_heads(
+    images, tmp_path, num_attention_heads, separate_classifiers
+):
+    vit = ViTForImageClassification(ViTConfig(**VIT)).eval()
+    vit.save_pretrained(tmp_path)
+    for source in (vit, tmp_path):
+        model = HydraViTForImageClassification.from_vit(
+            source, num_attention_heads, separate_classifiers=separate_classifiers
+        )
+        assert model.config.num_attention_heads == num_attention_heads
+        logits = model.eval()(images, num_heads_active=2).logits
+        torch.testing.assert_close(logits, vit(images).logits, atol=1e-5, rtol=0)
+    encoder = HydraViTModel.from_vit(vit.vit, num_attention_heads)
+    states = encoder.eval()(images, num_heads_active=2).last_hidden_state
+    torch.testing.assert_close(states, vit.vit(images).last_hidden_state, atol=1e-5, rtol=0)
+
+
+def test_a_subnetwork_survives_the_way_to_a_vit_and_back(model, images):
+    back = HydraViTForImageClassification.from_vit(model.to_vit(), num_attention_heads=6)
+    torch.testing.assert_close(back(images).logits, model(images).logits)
+    narrow = HydraViTForImageClassification.from_vit(model.to_vit(), num_attention_heads=2)
+    torch.testing.assert_close(narrow(images).logits, model(images, num_heads_active=2).logits, atol=1e-5, rtol=0)
+
+
+def test_a_model_from_a_deit_leaves_only_the_distillation_token_behind(images):
+    deit = DeiTForImageClassification(DeiTConfig(**VIT)).eval()
+    model = HydraViTForImageClassification.from_vit(deit, num_attention_heads=2)
+    parameters = model.state_dict()
+    positions = deit.state_dict()["deit.embeddings.position_embeddings"]
+    expected = positions[:, [0, *range(2, positions.shape[1])]]
+    assert torch.equal(parameters.pop("hydravit.embeddings.position_embeddings"), expected)
+    for name, tensor in parameters.items():
+        assert torch.equal(tensor, deit.state_dict()[name.replace("hydravit.", "deit.")]), name
+    assert model(images).logits.shape == (3, 5)
+
+
+def test_a_model_from_a_vit_may_have_other_labels():
+    vit = ViTForImageClassification(ViTConfig(**VIT))
+    model = HydraViTForImageClassification.from_vit(vit, num_attention_heads=3, num_labels=7)
+    assert model.classifier.weight.shape == (7, 24)
+    assert len(model.config.id2label) == 7
+
+
+def test_what_is_no_vit_is_an_error(model):
+    with pytest.raises(TypeError, match="HydraViTForImageClassification"):
+        HydraViTForImageClassification.from_vit(model)
+    with pytest.raises(ValueError, match="intermediate_size=40"):
+        HydraViTForImageClassification.from_vit(ViTModel(ViTConfig(**VIT | {"intermediate_size": 40})))
+
+
+def test_importing_the_package_registers_its_classes(model):
+    assert type(AutoModel.from_config(model.config)) is HydraViTModel
+    assert type(AutoModelForImageClassification.from_config(model.config)) is HydraViTForImageClassification
+
+
+def test_one_compiled_graph_serves_many_widths(model, images):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=count, fullgraph=True)
+    with torch.no_grad():
+        for num_heads in HEADS:
+            expected = model(images, num_heads_active=num_heads).logits
+            torch.testing.assert_close(compiled(images, num_heads_active=num_heads).logits, expected)
+    assert len(graphs) <= 4
