@@ -54,10 +54,12 @@ def parse_args():
     model.add_argument("--patch_size", type=int, help="default: 16, or 4 for the digits")
     model.add_argument("--drop_path_rate", type=float, default=0.0)
     model.add_argument("--subnetwork_heads", type=int, nargs="+", help="widths to train; default: 3 up to all")
-    model.add_argument("--subnetwork_weights", type=float, nargs="+", help="their odds; default: uniform")
+    model.add_argument(
+        "--subnetwork_weights", type=float, nargs="+", help="their odds; default: uniform, or 3 1 1 ... for the digits"
+    )
     model.add_argument("--separate_classifiers", action="store_true", help="one classifier for each width")
     recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--num_train_epochs", type=int, default=30)
+    recipe.add_argument("--num_train_epochs", type=int, default=20)
     recipe.add_argument("--max_train_steps", type=int, help="optimizer steps, instead of epochs")
     recipe.add_argument("--per_device_train_batch_size", type=int, default=64)
     recipe.add_argument("--per_device_eval_batch_size", type=int, default=128)
@@ -99,8 +101,10 @@ DIGITS = {"image_size": 8, "patch_size": 4, "num_hidden_layers": 3}  # a small m
 
 def make_model(args, labels: list[str]):
     """The model to train, new or from a checkpoint, and its image processor."""
-    sizes = DIGITS if args.dataset_name is None and args.data_dir is None else {}
-    sizes = sizes | {name: getattr(args, name) for name in DIGITS if getattr(args, name) is not None}
+    on_digits = args.dataset_name is None and args.data_dir is None
+    sizes = (DIGITS if on_digits else {}) | {
+        name: getattr(args, name) for name in DIGITS if getattr(args, name) is not None
+    }
     options = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     for name in ("drop_path_rate", "subnetwork_heads", "subnetwork_weights", "separate_classifiers"):
         if getattr(args, name):
@@ -113,6 +117,8 @@ def make_model(args, labels: list[str]):
         model = HydraViTForImageClassification.from_pretrained(args.model_name_or_path, **options)
     else:
         config = HydraViTConfig(num_attention_heads=args.num_attention_heads, **sizes, **options)
+        if on_digits and args.subnetwork_weights is None:  # the narrowest, a part of all others, more often
+            config.subnetwork_weights = [3.0] + [1.0] * (len(config.subnetwork_heads) - 1)
         model = HydraViTForImageClassification(config)
     source = args.from_vit or args.model_name_or_path
     if source and cached_file(source, IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False):
@@ -157,6 +163,7 @@ def main():
     )
     heads = model.config.subnetwork_heads
     evaluation = {"batch_size": args.per_device_eval_batch_size, "num_workers": args.num_workers}
+    evaluation |= {"accelerator": accelerator, "disable_tqdm": True}
 
     # 3. Optimizer, schedule, averaged weights
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.learning_rate, fused=True)
@@ -213,7 +220,7 @@ def main():
             if at_epoch or (str(args.checkpointing_steps).isdigit() and step % int(args.checkpointing_steps) == 0):
                 save_checkpoint(accelerator, args.output_dir, step, keep=args.checkpoints_total_limit)
         if args.evaluation_epochs and (epoch + 1) % args.evaluation_epochs == 0 and step < max_steps:
-            rows = evaluate_subnetworks(average.module, data["test"], heads, **evaluation, accelerator=accelerator)
+            rows = evaluate_subnetworks(average.module, data["test"], heads, **evaluation)
             accelerator.log({f"{row['num_heads']}_heads_accuracy": row["accuracy"] for row in rows}, step=step)
             accelerator.print("\n" + format_table(rows))
     progress.close()
@@ -227,7 +234,7 @@ def main():
     for num_heads in tqdm(heads, desc="Evaluating widths", disable=not accelerator.is_local_main_process):
         subnetwork = HydraViTForImageClassification.from_pretrained(args.output_dir, num_attention_heads=num_heads)
         subnetwork.to(accelerator.device)
-        (row,) = evaluate_subnetworks(subnetwork, data["test"], [num_heads], **evaluation, accelerator=accelerator)
+        (row,) = evaluate_subnetworks(subnetwork, data["test"], [num_heads], **evaluation)
         cost = {"parameters": count_parameters(subnetwork.config, num_heads)}
         rows.append({**row, **cost, "macs": count_macs(subnetwork.config, num_heads)})
     accelerator.log({f"{row['num_heads']}_heads_accuracy": row["accuracy"] for row in rows}, step=step)

@@ -16,6 +16,7 @@ def evaluate_subnetworks(
     batch_size: int = 64,
     num_workers: int = 0,
     accelerator=None,
+    disable_tqdm: bool = False,
 ) -> list[dict]:
     """Evaluate widths of a single-label classifier.
 
@@ -25,6 +26,7 @@ def evaluate_subnetworks(
         heads: The head counts; None: `model.config.subnetwork_heads`.
         batch_size, num_workers: Of the loader that is made of a dataset.
         accelerator: An `accelerate.Accelerator`, to share the data among its processes.
+        disable_tqdm: Whether to show no progress bar.
 
     Returns:
         For each width a row `{"num_heads", "accuracy", "top5_accuracy", "loss"}`: fractions of the images whose label
@@ -48,8 +50,7 @@ def evaluate_subnetworks(
     images, top5, loss = 0, dict.fromkeys(heads, 0), dict.fromkeys(heads, 0.0)
     was_training = model.training
     model.eval()
-    quiet = accelerator is not None and not accelerator.is_local_main_process
-    for batch in tqdm(loader, desc="Evaluating", disable=quiet, leave=False):
+    for batch in tqdm(loader, desc="Evaluating", disable=disable_tqdm, leave=False):
         pixel_values, labels = batch["pixel_values"].to(model.device), batch["labels"].to(model.device)
         for num_heads in heads:
             logits = model(pixel_values, num_heads_active=num_heads).logits.float()

@@ -1,0 +1,298 @@
+"""One checkpoint loads at any width, and no accident leaves less than one whole checkpoint."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import HEADS
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+
+from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, HydraViTModel, modeling_hydravit
+
+CLASSIFIER = HydraViTForImageClassification
+
+
+@pytest.fixture(params=[{}, {"separate_classifiers": True}], ids=["one classifier", "separate classifiers"])
+def any_model(request, make_model):
+    return make_model(**request.param)
+
+
+@pytest.fixture(params=["one file", "shards"])
+def folder(request, any_model, tmp_path):
+    any_model.save_pretrained(tmp_path, **{"max_shard_size": "20KB"} if request.param == "shards" else {})
+    assert (tmp_path / "model.safetensors").exists() == (request.param == "one file")
+    return tmp_path
+
+
+def shapes(model) -> dict:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("num_heads", HEADS)
+def test_every_way_of_loading_a_width_agrees(any_model, folder, images, num_heads):
+    expected = any_model(images, num_heads_active=num_heads).logits
+    active = CLASSIFIER.from_pretrained(folder, num_heads_active=num_heads)
+    assert active.config.num_attention_heads == 6
+    held = CLASSIFIER.from_pretrained(folder, num_attention_heads=num_heads)
+    assert shapes(held) == shapes(any_model.extract_subnetwork(num_heads))
+    config = HydraViTConfig.from_pretrained(folder, num_attention_heads=num_heads)
+    for loaded in (
+        active,
+        held,
+        CLASSIFIER.from_pretrained(str(folder), config=config),
+        AutoModelForImageClassification.from_pretrained(folder, num_attention_heads=num_heads),
+        AutoModelForImageClassification.from_pretrained(folder, num_heads_active=num_heads),
+    ):
+        assert not loaded.training
+        assert loaded.name_or_path == loaded.config.name_or_path == str(folder)
+        torch.testing.assert_close(loaded(images).logits, expected, atol=1e-5, rtol=0)
+    states = AutoModel.from_pretrained(folder, num_attention_heads=num_heads)(images).last_hidden_state
+    expected = any_model.hydravit(images, num_heads_active=num_heads).last_hidden_state
+    torch.testing.assert_close(states, expected, atol=1e-5, rtol=0)
+
+
+def test_a_checkpoint_saved_from_any_of_them_loads_again_everywhere(any_model, folder, images, tmp_path_factory):
+    expected = any_model(images, num_heads_active=2).logits
+    for number, model in enumerate(
+        (
+            CLASSIFIER.from_pretrained(folder, num_attention_heads=4),
+            CLASSIFIER.from_pretrained(folder, num_heads_active=4),
+            CLASSIFIER.from_pretrained(folder, num_attention_heads=8),
+            any_model.extract_subnetwork(4),
+        )
+    ):
+        again = tmp_path_factory.mktemp(str(number))
+        model.save_pretrained(again)
+        assert {file.name for file in again.iterdir()} == {
+            "config.json",
+            "model.safetensors",
+            "configuration_hydravit.py",
+            "modeling_hydravit.py",
+        }
+        for loaded in (
+            CLASSIFIER.from_pretrained(again, num_attention_heads=2),
+            CLASSIFIER.from_pretrained(again, num_heads_active=2),
+            AutoModelForImageClassification.from_pretrained(again, num_attention_heads=2),
+        ):
+            torch.testing.assert_close(loaded(images).logits, expected, atol=1e-5, rtol=0)
+
+
+def test_more_heads_than_the_checkpoint_has_keep_its_function(any_model, folder, images, caplog):
+    logger = modeling_hydravit.logger
+    logger.addHandler(caplog.handler)
+    grown = CLASSIFIER.from_pretrained(folder, num_attention_heads=8)
+    logger.removeHandler(caplog.handler)
+    assert "heads 7 to 8 and all that belongs to them are newly initialized" in caplog.text
+    for num_heads in HEADS:
+        expected = any_model(images, num_heads_active=num_heads).logits
+        torch.testing.assert_close(grown(images, num_heads_active=num_heads).logits, expected, atol=1e-5, rtol=0)
+    assert grown.config.subnetwork_heads == list(range(1, 9))
+    weight = grown.hydravit.layers[0].mlp.fc1.weight
+    assert weight[:, 48:].count_nonzero() == weight[:, 48:].numel()  # initialised, not left empty
+    encoder = HydraViTModel.from_pretrained(folder, num_attention_heads=8)
+    states = any_model.hydravit(images, num_heads_active=6).last_hidden_state
+    torch.testing.assert_close(encoder(images, num_heads_active=6).last_hidden_state, states, atol=1e-5, rtol=0)
+
+
+def test_dtype_and_device_map_hold_at_every_width(any_model, folder):
+    for num_heads in (3, 6, 8):
+        loaded = CLASSIFIER.from_pretrained(
+            folder, num_attention_heads=num_heads, dtype=torch.bfloat16, device_map="cpu"
+        )
+        assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    any_model.to(torch.bfloat16).save_pretrained(folder / "half")
+    assert CLASSIFIER.from_pretrained(folder / "half", num_attention_heads=3).dtype == torch.bfloat16
+
+
+def test_an_extracted_subnetwork_shares_nothing_with_its_origin(any_model):
+    extracted = any_model.train().extract_subnetwork(6)
+    assert extracted.training
+    storages = {parameter.untyped_storage().data_ptr() for parameter in any_model.parameters()}
+    assert storages.isdisjoint(parameter.untyped_storage().data_ptr() for parameter in extracted.parameters())
+    extracted.config.num_labels = 3
+    assert any_model.config.num_labels == 5
+
+
+def test_a_narrow_load_reads_the_leading_rows_only(make_model, tmp_path):
+    if not os.path.exists("/proc/self/io"):
+        pytest.skip("the kernel counts no reads")
+
+    def bytes_read() -> int:
+        with open("/proc/self/io") as file:
+            return int(file.readline().split()[1])
+
+    model = make_model(num_attention_heads=12, head_dim=32, num_hidden_layers=4, subnetwork_heads=None)
+    model.save_pretrained(tmp_path)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    before = bytes_read()
+    CLASSIFIER.from_pretrained(tmp_path, num_attention_heads=3)
+    assert bytes_read() - before < 0.3 * size
+
+
+def test_other_labels_need_ignore_mismatched_sizes_at_every_width(any_model, folder, images):
+    for num_heads in (3, 6, 8):
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+            CLASSIFIER.from_pretrained(folder, num_attention_heads=num_heads, num_labels=9)
+        loaded = CLASSIFIER.from_pretrained(
+            folder, num_attention_heads=num_heads, num_labels=9, ignore_mismatched_sizes=True
+        )
+        assert loaded(images).logits.shape == (3, 9)
+        states = any_model.hydravit(images, num_heads_active=3).last_hidden_state
+        found = loaded.hydravit(images, num_heads_active=3).last_hidden_state
+        torch.testing.assert_close(found, states, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("keyword", ["num_heads_active", "num_attention_heads"])
+@pytest.mark.parametrize("value", [0, -3, 2.0, True, "3"])
+def test_a_wrong_width_is_an_error_at_load(model, tmp_path, keyword, value):
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=keyword):
+        CLASSIFIER.from_pretrained(tmp_path, **{keyword: value})
+
+
+def test_a_misspelt_keyword_is_an_error(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="num_head_active"):
+        CLASSIFIER.from_pretrained(tmp_path, num_head_active=3)
+    with pytest.raises(ValueError, match="hidden_size"):
+        CLASSIFIER.from_pretrained(tmp_path, hidden_size=24)
+
+
+@pytest.mark.parametrize("num_heads", [3, 6])
+@pytest.mark.parametrize("damage", ["cut", "cut in the header", "empty", "header", "length", "text"])
+def test_a_damaged_file_is_an_error_that_names_it(model, tmp_path, num_heads, damage):
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    data = file.read_bytes()
+    damaged = {
+        "cut": data[:-1000],
+        "cut in the header": data[:500],
+        "empty": b"",
+        "header": data[:20] + b"\xff" * 20 + data[40:],
+        "length": struct.pack("<Q", 2**60) + data[8:],
+        "text": b"<html>Not found</html>" * 100,
+    }
+    file.write_bytes(damaged[damage])
+    with pytest.raises(OSError, match=r"model\.safetensors' is not a whole safetensors file"):
+        CLASSIFIER.from_pretrained(tmp_path, num_attention_heads=num_heads)
+
+
+def test_a_missing_shard_is_an_error_that_names_it(model, tmp_path):
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    next(tmp_path.glob("model-00002-*")).unlink()
+    for num_heads in (3, 6):
+        with pytest.raises(OSError, match="model-00002-of-"):
+            CLASSIFIER.from_pretrained(tmp_path, num_attention_heads=num_heads)
+
+
+def test_a_foreign_checkpoint_is_an_error(tmp_path):
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": 1}
+    ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=4)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="from_vit"):
+        CLASSIFIER.from_pretrained(tmp_path)
+    with pytest.raises(OSError, match="nowhere"):
+        CLASSIFIER.from_pretrained(tmp_path / "nowhere", num_attention_heads=3)
+
+
+def test_a_width_that_is_no_multiple_of_the_head_is_an_error(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="48 channels wide"):
+        CLASSIFIER.from_pretrained(tmp_path, head_dim=7)
+
+
+def test_a_second_save_replaces_the_first_and_leaves_no_file_of_it(make_model, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    images = torch.randn(2, 3, 16, 16)
+    for shard_size in ("1GB", "20KB", "30KB", "20KB", "1GB"):
+        model = make_model()
+        model.save_pretrained(tmp_path, max_shard_size=shard_size)
+        torch.testing.assert_close(CLASSIFIER.from_pretrained(tmp_path)(images).logits, model(images).logits)
+        weights = {file.name for file in tmp_path.glob("*.safetensors")}
+        if shard_size == "1GB":
+            assert weights == {"model.safetensors"}
+        else:
+            index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+            assert weights == set(index["weight_map"].values())
+        assert not (tmp_path / "_saving").exists()
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert not (tmp_path / "model.safetensors.index.json").exists()
+
+
+KILL_WHILE_SAVING = """
+import itertools, os, random, signal, sys, time, traceback, torch
+from hydravit_hf import HydraViTConfig, HydraViTForImageClassification
+
+folder, shard_size, kills = sys.argv[1], sys.argv[2], int(sys.argv[3])
+torch.set_num_threads(1)
+config = HydraViTConfig(num_attention_heads=6, head_dim=16, num_hidden_layers=2, image_size=16, patch_size=4)
+model = HydraViTForImageClassification(config)
+
+def save_forever(report):
+    for number in itertools.count(1):
+        for parameter in model.parameters():
+            parameter.data.fill_(number)
+        model.save_pretrained(folder, max_shard_size=shard_size)
+        os.write(report, b".")
+
+def in_child(work, *arguments):
+    child = os.fork()  # this process itself never starts a thread, so that its children can
+    if child == 0:
+        status = 1
+        try:
+            work(*arguments)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return child
+
+def check(saved):
+    loaded = HydraViTForImageClassification.from_pretrained(folder)
+    (number,) = {value.item() for parameter in loaded.parameters() for value in parameter.unique()}
+    assert number in (saved, saved + 1), (number, saved)  # all of one save: the last reported, or the one after it
+
+random.seed(0)
+for _ in range(kills):
+    read, write = os.pipe()
+    child = in_child(save_forever, write)
+    os.close(write)
+    os.read(read, 1)  # one save is done
+    time.sleep(random.uniform(0, 0.05))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    saved = 1
+    while dots := os.read(read, 1000):
+        saved += len(dots)
+    os.close(read)
+    assert os.waitpid(in_child(check, saved), 0)[1] == 0
+model.save_pretrained(folder, max_shard_size=shard_size)
+print("whole after every kill")
+"""
+
+
+@pytest.mark.parametrize("shard_size", ["1GB", "100KB"])
+def test_a_save_that_is_killed_leaves_the_last_checkpoint_whole(tmp_path, shard_size):
+    command = [sys.executable, "-c", KILL_WHILE_SAVING, str(tmp_path), shard_size, "40"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.stdout == "whole after every kill\n", result.stderr[-2000:]
+    assert not (tmp_path / "_saving").exists()
+
+
+def test_the_row_reader_agrees_with_safetensors(tmp_path):
+    tensors = {
+        str(dtype): torch.randn(6, 5, 4).mul(10).to(dtype)
+        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
+    }
+    file = str(tmp_path / "tensors.safetensors")
+    save_file(tensors, file)
+    stored = modeling_hydravit._read_header(file)
+    for name, tensor in load_file(file).items():
+        assert stored[name].shape == list(tensor.shape)
+        assert torch.equal(stored[name][:3, :2, :1], tensor[:3, :2, :1])
+        assert torch.equal(stored[name][:6, :5, :4], tensor)

@@ -1,0 +1,256 @@
+"""Labelled images from wherever they come: the same columns, each image with its label, each class in both splits."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from PIL import Image as PILImage
+from PIL import ImageOps
+from sklearn import datasets as sklearn_datasets
+
+from hydravit_hf import HydraViTConfig
+from hydravit_hf.data import hold_out, load_digits, load_images, to_pixel_values
+from hydravit_hf.image_processing import make_image_processor
+
+COLORS = {"cat": (255, 0, 0), "dog": (0, 255, 0), "eel": (0, 0, 255)}
+COLUMNS = {"image": Image(), "label": ClassLabel(names=list(COLORS))}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_digits()
+
+
+@pytest.fixture
+def load(tmp_path):
+    """`load_images` from the folder `data`, with the cache beside it."""
+    return lambda: load_images(data_dir=tmp_path / "data", cache_dir=str(tmp_path / "cache"))
+
+
+def color(name: str) -> PILImage.Image:
+    return PILImage.new("RGB", (5, 3), COLORS[name])
+
+
+def write_images(folder, count: int):
+    for name in COLORS:
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            color(name).save(folder / name / f"{number}.png")
+
+
+def write_parquet(folder, split: str, columns: dict, features: dict):
+    folder.mkdir(exist_ok=True)
+    Dataset.from_dict(columns, features=Features(features)).to_parquet(folder / f"{split}.parquet")
+
+
+def write_labelled_parquet(folder, split: str, names: list[str], label=COLUMNS["label"]):
+    labels = [list(COLORS).index(name) if isinstance(label, ClassLabel) else name for name in names]
+    write_parquet(folder, split, {"image": map(color, names), "label": labels}, {"image": Image(), "label": label})
+
+
+def check_splits(splits, train: int, test: int):
+    """Two splits of so many images, with equal columns, and every image with the label of its colour."""
+    assert {name: len(split) for name, split in splits.items()} == {"train": train, "test": test}
+    for split in splits.values():
+        assert split.column_names == ["image", "label"]
+        assert split.features == Features(COLUMNS)
+        for item in split:
+            assert item["image"].convert("RGB").getpixel((1, 1)) == list(COLORS.values())[item["label"]]
+
+
+# The digits
+
+
+def test_the_digits_are_those_of_scikit_learn_each_once_and_with_its_label(digits):
+    bunch = sklearn_datasets.load_digits()
+    pixels = (bunch.images * 255 / 16).round().astype(np.uint8)
+    expected = Counter((image.tobytes(), label) for image, label in zip(pixels, bunch.target.tolist(), strict=True))
+    found = Counter()
+    for split in digits.values():
+        for item in split:
+            image = np.asarray(item["image"])
+            assert image.shape == (8, 8, 3) and (image == image[..., :1]).all()
+            found[image[..., 0].tobytes(), item["label"]] += 1
+    assert found == expected
+
+
+def test_the_digits_are_split_into_1437_and_360_with_the_same_share_of_each(digits):
+    assert {name: len(split) for name, split in digits.items()} == {"train": 1437, "test": 360}
+    for split in digits.values():
+        assert split.features == Features({"image": Image(), "label": ClassLabel(names=list("0123456789"))})
+    train, test = (Counter(split["label"]) for split in (digits["train"], digits["test"]))
+    for label in range(10):
+        assert abs(test[label] - 0.2 * (train[label] + test[label])) <= 1, label
+
+
+def test_the_digits_are_always_split_the_same_way_and_are_what_one_gets_without_a_name(digits):
+    np.random.seed(1)  # the split depends on no state outside it
+    for again in (load_digits(), load_images()):
+        for name, split in digits.items():
+            assert again[name]["label"] == split["label"]
+            assert all(a.tobytes() == b.tobytes() for a, b in zip(again[name]["image"], split["image"], strict=True))
+
+
+def test_what_is_held_out_has_the_same_share_of_every_class():
+    labels = [0] * 10 + [1] * 20 + [2] * 70
+    dataset = Dataset.from_dict(
+        {"label": labels, "number": range(100)},
+        features=Features({"label": COLUMNS["label"], "number": Value("int64")}),
+    )
+    splits = hold_out(dataset)
+    assert Counter(splits["test"]["label"]) == {0: 2, 1: 4, 2: 14}
+    assert sorted([*splits["train"]["number"], *splits["test"]["number"]]) == list(range(100))
+
+
+# Folders
+
+
+def test_a_folder_of_images_has_a_class_for_each_folder_in_it(tmp_path, load):
+    write_images(tmp_path / "data" / "train", 4)
+    write_images(tmp_path / "data" / "test", 2)
+    check_splits(load(), train=12, test=6)
+
+
+def test_a_folder_of_parquet_files_has_the_same_columns(tmp_path, load):
+    write_labelled_parquet(tmp_path / "data", "train", [*COLORS] * 4)
+    write_labelled_parquet(tmp_path / "data", "test", ["eel", "dog"])
+    check_splits(load(), train=12, test=2)
+
+
+@pytest.mark.parametrize("split", ["train", ""])
+def test_a_folder_without_a_test_split_has_a_fifth_held_out(tmp_path, load, split):
+    write_images(tmp_path / "data" / split, 10)
+    splits = load()
+    check_splits(splits, train=24, test=6)
+    assert Counter(splits["test"]["label"]) == {0: 2, 1: 2, 2: 2}
+
+
+def test_a_validation_split_goes_before_a_test_split_which_often_has_no_labels(tmp_path, load):
+    write_images(tmp_path / "data" / "train", 4)
+    write_images(tmp_path / "data" / "test", 2)
+    write_images(tmp_path / "data" / "validation", 1)
+    check_splits(load(), train=12, test=3)
+
+
+@pytest.mark.parametrize(("image", "label"), [("img", "labels"), ("picture", "fine_label"), ("photo", "kind")])
+def test_columns_of_other_names_are_renamed_and_others_dropped(tmp_path, load, image, label):
+    columns = {image: [color(name) for name in COLORS] * 5, "number": range(15), label: [0, 1, 2] * 5}
+    features = {image: COLUMNS["image"], "number": Value("int64"), label: COLUMNS["label"]}
+    write_parquet(tmp_path / "data", "train", columns, features)
+    check_splits(load(), train=12, test=3)
+
+
+def test_labels_that_are_words_become_classes(tmp_path, load):
+    for split in ("train", "test"):
+        write_labelled_parquet(tmp_path / "data", split, ["eel", "cat", "dog"], Value("string"))
+    check_splits(load(), train=3, test=3)
+
+
+@pytest.mark.xfail(reason="each split numbers the classes that it has by itself", strict=True)
+def test_a_word_is_the_same_class_in_both_splits(tmp_path, load):
+    write_labelled_parquet(tmp_path / "data", "train", ["eel", "cat", "dog"], Value("string"))
+    write_labelled_parquet(tmp_path / "data", "test", ["eel", "dog"], Value("string"))
+    check_splits(load(), train=3, test=2)
+
+
+@pytest.mark.xfail(reason="numbers are put in order as words are", strict=True)
+def test_labels_that_are_numbers_stay_in_order(tmp_path, load):
+    columns = {"image": [color("cat")] * 24, "label": [*range(12)] * 2}
+    write_parquet(tmp_path / "data", "train", columns, {"image": Image(), "label": Value("int64")})
+    assert load()["train"].features["label"].names == [str(number) for number in range(12)]
+
+
+def test_one_names_a_data_set_or_a_folder(tmp_path):
+    with pytest.raises(ValueError, match="`dataset_name` or `data_dir`, not both"):
+        load_images("cifar10", tmp_path)
+
+
+def test_a_missing_folder_is_an_error_that_names_it(tmp_path, load):
+    with pytest.raises(FileNotFoundError, match=str(tmp_path / "data")):
+        load()
+    (tmp_path / "data").write_text("a file, no folder")
+    with pytest.raises(FileNotFoundError, match=str(tmp_path / "data")):
+        load()
+
+
+def test_an_empty_folder_is_an_error_that_names_it(tmp_path, load):
+    (tmp_path / "data").mkdir()
+    with pytest.raises(OSError, match=str(tmp_path / "data")):
+        load()
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        ({"a": Image(), "b": Image(), "label": COLUMNS["label"]}, r"one column of type Image, not \['a', 'b'\]"),
+        ({"a": Value("int64"), "label": COLUMNS["label"]}, r"one column of type Image, not \[\]"),
+        ({"a": Image(), "b": Value("int64")}, r"one column of type ClassLabel, not \[\].*columns \['a', 'b'\]"),
+        (
+            {"a": Image(), "b": COLUMNS["label"], "c": COLUMNS["label"]},
+            r"one column of type ClassLabel, not \['b', 'c'\]",
+        ),
+    ],
+)
+def test_a_data_set_must_have_one_column_of_images_and_one_of_classes(tmp_path, load, features, message):
+    columns = {name: [color("cat")] if isinstance(feature, Image) else [0] for name, feature in features.items()}
+    write_parquet(tmp_path / "data", "train", columns, features)
+    with pytest.raises(ValueError, match=message):
+        load()
+
+
+@pytest.mark.xfail(reason="a KeyError", strict=True)
+def test_a_data_set_without_a_train_split_is_an_error_that_says_so(tmp_path, load):
+    write_images(tmp_path / "data" / "test", 2)
+    with pytest.raises(ValueError, match="train"):
+        load()
+
+
+# Into a model
+
+
+@pytest.fixture
+def processor():
+    return make_image_processor(HydraViTConfig(image_size=(4, 8), patch_size=4))
+
+
+def test_a_transformed_data_set_gives_pixel_values_and_labels(digits, processor):
+    transformed = digits["train"].with_transform(to_pixel_values(processor))
+    batch = transformed[:3]
+    for number, (pixel_values, label) in enumerate(zip(batch["pixel_values"], batch["labels"], strict=True)):
+        assert pixel_values.shape == (3, 4, 8) and pixel_values.dtype == torch.float32
+        assert label.dtype == torch.int64 and label.item() == digits["train"][number]["label"]
+        expected = processor(digits["train"][number]["image"], return_tensors="pt")["pixel_values"][0]
+        assert torch.equal(pixel_values, expected)
+        assert torch.equal(transformed[number]["pixel_values"], expected)
+
+
+def test_an_augmentation_sees_rgb_images_before_the_processor(processor):
+    generator = np.random.default_rng(0)
+    pixels = [generator.integers(0, 256, shape, dtype=np.uint8) for shape in ((5, 7), (6, 3, 3), (4, 4, 3))]
+    images, seen = [PILImage.fromarray(array) for array in pixels], []
+    images[2] = images[2].quantize(8)
+    assert [image.mode for image in images] == ["L", "RGB", "P"]
+
+    def mirror(image: PILImage.Image) -> PILImage.Image:
+        seen.append(image.mode)
+        return ImageOps.mirror(image)
+
+    augmented = to_pixel_values(processor, mirror)({"image": images, "label": [2, 0, 1]})
+    assert seen == ["RGB"] * 3
+    assert augmented["labels"].tolist() == [2, 0, 1]
+    plain = to_pixel_values(processor)({"image": images, "label": [2, 0, 1]})
+    mirrored = to_pixel_values(processor)({"image": [*map(ImageOps.mirror, images)], "label": [2, 0, 1]})
+    for one, other, unlike in zip(*(x["pixel_values"] for x in (augmented, mirrored, plain)), strict=True):
+        assert one.shape == (3, 4, 8)
+        assert torch.equal(one, other) and not torch.equal(one, unlike)
+
+
+@pytest.mark.xfail(reason="white under the processor, but whatever lies under it before an augmentation", strict=True)
+def test_what_is_transparent_looks_the_same_with_and_without_an_augmentation(processor):
+    batch = {"image": [PILImage.new("RGBA", (5, 7), (0, 0, 255, 0))], "label": [0]}
+    (plain,), (augmented,) = (
+        to_pixel_values(processor, augment)(batch)["pixel_values"] for augment in (None, lambda image: image)
+    )
+    assert torch.equal(plain, augmented)
