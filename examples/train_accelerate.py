@@ -59,7 +59,7 @@ def parse_args():
     )
     model.add_argument("--separate_classifiers", action="store_true", help="one classifier for each width")
     recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--num_train_epochs", type=int, default=20)
+    recipe.add_argument("--num_train_epochs", type=int, default=25)
     recipe.add_argument("--max_train_steps", type=int, help="optimizer steps, instead of epochs")
     recipe.add_argument("--per_device_train_batch_size", type=int, default=64)
     recipe.add_argument("--per_device_eval_batch_size", type=int, default=128)
@@ -187,6 +187,10 @@ def main():
             accelerator.print(f"Resumed from {checkpoint}")
 
     # 4. Train one width a step
+    accelerator.print(
+        f"Training widths {heads} of {plain_model.num_parameters() / 1e6:.1f} M parameters for {max_steps} steps, on "
+        f"{len(data['train'])} images, {accelerator.device.type}, {accelerator.num_processes} processes"
+    )
     progress = tqdm(total=max_steps, initial=step, desc="Training", disable=not accelerator.is_local_main_process)
     while step < max_steps:
         epoch, skipped = divmod(step, steps_per_epoch)

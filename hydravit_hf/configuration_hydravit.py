@@ -10,6 +10,9 @@ from bisect import bisect_left
 from itertools import pairwise
 
 from transformers import PreTrainedConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 
 class HydraViTConfig(PreTrainedConfig):
@@ -118,14 +121,15 @@ class HydraViTConfig(PreTrainedConfig):
     def resized(self, num_attention_heads: int) -> "HydraViTConfig":
         """This configuration with another number of heads held.
 
-        Fewer heads keep the subnetworks that still fit, and the widest counts as one of them; more heads add a
-        subnetwork for each new width. The order is kept, so that classifiers stay where they are. A
-        `num_heads_active` that no longer fits is dropped.
+        Fewer heads keep the subnetworks that still fit, and the widest counts as one of them (with a warning, where
+        it was not trained); more heads add a subnetwork for each new width. The order is kept, so that classifiers
+        stay where they are. The model runs all its heads by default.
         """
         _check_integer("num_attention_heads", num_attention_heads)
         held, heads = self.num_attention_heads, self.subnetwork_heads
         weights = self.subnetwork_weights or [1.0] * len(heads)
         if num_attention_heads < held:
+            self.warn_if_untrained(num_attention_heads)
             kept = bisect_left(heads, num_attention_heads)
             heads, weights = [*heads[:kept], num_attention_heads], [*weights, weights[-1]][: kept + 1]
         elif num_attention_heads > held:
@@ -134,10 +138,9 @@ class HydraViTConfig(PreTrainedConfig):
         values = self.to_dict() | {
             "num_attention_heads": num_attention_heads,
             "subnetwork_heads": heads,
-            "subnetwork_weights": weights if self.subnetwork_weights else None,
+            "subnetwork_weights": weights if self.subnetwork_weights and any(weights) else None,
+            "num_heads_active": None,
         }
-        if self.num_heads_active is not None and self.num_heads_active > num_attention_heads:
-            values["num_heads_active"] = None
         config = type(self)(**values)
         config._attn_implementation = self._attn_implementation
         config.name_or_path = self.name_or_path
@@ -152,6 +155,14 @@ class HydraViTConfig(PreTrainedConfig):
             )
         return num_heads
 
+    def warn_if_untrained(self, num_heads: int):
+        """Warn, once, that `num_heads` is a width that the model was not trained to run."""
+        if num_heads not in self.subnetwork_heads:
+            logger.warning_once(
+                f"This model was not trained to run {num_heads} heads, and untrained widths are close to chance. Its "
+                f"trained widths are {self.subnetwork_heads} heads."
+            )
+
     def validate(self):
         """Check every argument; also called by `save_pretrained`, as attributes can be set at any time."""
         super().validate()
@@ -165,11 +176,13 @@ class HydraViTConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not _is_number(value) or not 0 <= value < 1:
                 raise ValueError(f"`{name}` must be from 0 to below 1, not {value!r}.")
-        sizes = [as_pair(self.image_size), as_pair(self.patch_size)]
-        for name, size in zip(("image_size", "patch_size"), sizes, strict=True):
-            for side in size:
+        for name in ("image_size", "patch_size"):
+            pair = as_pair(getattr(self, name))
+            if len(pair) != 2:
+                raise ValueError(f"`{name}` must be a number or a (height, width) pair, not {getattr(self, name)!r}.")
+            for side in pair:
                 _check_integer(name, side)
-        if any(side % patch for side, patch in zip(*sizes, strict=True)):
+        if any(side % patch for side, patch in zip(as_pair(self.image_size), as_pair(self.patch_size), strict=True)):
             raise ValueError(f"`image_size={self.image_size}` must be a multiple of `patch_size={self.patch_size}`.")
 
     def _check_subnetworks(self):
@@ -201,10 +214,7 @@ class HydraViTConfig(PreTrainedConfig):
 
 def as_pair(size) -> tuple[int, int]:
     """(height, width) of a size given as one number or as a pair."""
-    pair = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
-    if len(pair) != 2:
-        raise ValueError(f"A size must be a number or a (height, width) pair, not {size!r}.")
-    return pair
+    return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
 
 
 def _is_number(value) -> bool:

@@ -7,6 +7,8 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
 from PIL import Image as PILImage
 
+from .image_processing import with_channels
+
 HELD_OUT = 0.2  # of a data set that has no test split of its own
 
 
@@ -44,6 +46,8 @@ def load_images(dataset_name: str | None = None, data_dir: str | Path | None = N
     if data_dir is not None and not Path(data_dir).is_dir():
         raise FileNotFoundError(f"There is no folder '{data_dir}'.")
     splits = load_dataset(dataset_name or str(data_dir), **kwargs)
+    if "train" not in splits:
+        raise ValueError(f"The data set must have a train split; it has {list(splits)}.")
     train = splits["train"]
     image = _only_column(train, Image)
     label = next((name for name in ("label", "labels", "fine_label") if name in train.column_names), None)
@@ -51,12 +55,11 @@ def load_images(dataset_name: str | None = None, data_dir: str | Path | None = N
         label = _only_column(train, ClassLabel)
     splits = splits.select_columns([image, label])
     splits = splits.rename_columns({old: new for old, new in ((image, "image"), (label, "label")) if old != new})
-    if not isinstance(splits["train"].features["label"], ClassLabel):
-        splits = splits.class_encode_column("label")
     test = next((name for name in ("validation", "valid", "test") if name in splits), None)
-    if test is None:
-        return hold_out(splits["train"])
-    return DatasetDict({"train": splits["train"], "test": splits[test]})
+    splits = DatasetDict({"train": splits["train"]} | ({} if test is None else {"test": splits[test]}))
+    if not isinstance(splits["train"].features["label"], ClassLabel):
+        splits = _number_classes(splits)
+    return splits if "test" in splits else hold_out(splits["train"])
 
 
 def hold_out(dataset: Dataset) -> DatasetDict:
@@ -69,15 +72,25 @@ def to_pixel_values(processor, augment=None):
 
     Args:
         processor: The model's image processor.
-        augment: A function of a PIL image that gives another one, or None.
+        augment: A function of a PIL image, RGB or gray, that gives another one, or None.
     """
 
     def transform(batch: dict) -> dict:
-        images = batch["image"] if augment is None else [augment(image.convert("RGB")) for image in batch["image"]]
+        images = [with_channels(image, len(processor.image_mean)) for image in batch["image"]]
+        if augment is not None:
+            images = [augment(image) for image in images]
         pixel_values = processor(images, return_tensors="pt")["pixel_values"]
         return {"pixel_values": list(pixel_values), "labels": torch.tensor(batch["label"])}
 
     return transform
+
+
+def _number_classes(splits: DatasetDict) -> DatasetDict:
+    """Labels that are words or numbers as classes, in their order and the same ones in every split."""
+    classes = sorted(set().union(*(split.unique("label") for split in splits.values())))
+    numbers = {name: number for number, name in enumerate(classes)}
+    splits = splits.map(lambda label: {"label": numbers[label]}, input_columns="label")
+    return splits.cast_column("label", ClassLabel(names=[str(name) for name in classes]))
 
 
 def _only_column(dataset: Dataset, feature: type) -> str:

@@ -50,22 +50,24 @@ def evaluate_subnetworks(
     images, top5, loss = 0, dict.fromkeys(heads, 0), dict.fromkeys(heads, 0.0)
     was_training = model.training
     model.eval()
-    for batch in tqdm(loader, desc="Evaluating", disable=disable_tqdm, leave=False):
-        pixel_values, labels = batch["pixel_values"].to(model.device), batch["labels"].to(model.device)
-        for num_heads in heads:
-            logits = model(pixel_values, num_heads_active=num_heads).logits.float()
-            losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-            ranked = logits.topk(min(5, logits.shape[-1])).indices
-            ranked, references, losses = gather((ranked, labels, losses))
-            top5[num_heads] += (ranked == references[:, None]).any(-1).sum().item()
-            loss[num_heads] += losses.double().sum().item()
-            metric.add_batch(
-                predictions=ranked[:, 0].tolist(),
-                references=references.tolist(),
-                num_heads=[num_heads] * len(references),
-            )
-        images += len(references)
-    model.train(was_training)
+    try:
+        for batch in tqdm(loader, desc="Evaluating", disable=disable_tqdm, leave=False):
+            pixel_values, labels = batch["pixel_values"].to(model.device), batch["labels"].to(model.device)
+            for num_heads in loss:
+                logits = model(pixel_values, num_heads_active=num_heads).logits.float()
+                losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+                ranked = logits.topk(min(5, logits.shape[-1])).indices
+                ranked, references, losses = gather((ranked, labels, losses))
+                top5[num_heads] += (ranked == references[:, None]).any(-1).sum().item()
+                loss[num_heads] += losses.double().sum().item()
+                metric.add_batch(
+                    predictions=ranked[:, 0].tolist(),
+                    references=references.tolist(),
+                    num_heads=[num_heads] * len(references),
+                )
+            images += len(references)
+    finally:
+        model.train(was_training)
     results = metric.compute()
     return [
         {

@@ -1,5 +1,7 @@
-"""The image processor that goes with a model: one place that knows its size, mean and standard deviation."""
+"""From images to pixels: the image processor that goes with a model, and images of any mode for it."""
 
+import numpy as np
+from PIL import Image
 from transformers import ViTImageProcessorPil
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 
@@ -12,7 +14,7 @@ def make_image_processor(
     image_std: tuple[float, ...] = tuple(IMAGENET_DEFAULT_STD),
     crop_fraction: float = 1.0,
 ) -> ViTImageProcessorPil:
-    """A processor that turns images of any size and mode into `pixel_values` for a model of `config`.
+    """A processor that turns images of any size into `pixel_values` for a model of `config`.
 
     It works on PIL and numpy, so that it needs no torchvision, and is saved as the portable `ViTImageProcessor`.
 
@@ -20,9 +22,11 @@ def make_image_processor(
         config: The model's configuration; its image size and channels count.
         image_mean, image_std: One number for each channel, for pixels from 0 to 1. The defaults are ImageNet's, with
             which the original was trained (its script imports Inception's, but its logs show ImageNet's).
-        crop_fraction: Below 1, the shorter side is resized to the image size divided by this and the centre cropped
-            (the original evaluates at 0.9); at 1 the whole image is resized.
+        crop_fraction: From above 0 to 1. Below 1, the shorter side is resized to the image size divided by this and
+            the centre cropped (the original evaluates at 0.9); at 1 the whole image is resized.
     """
+    if not 0 < crop_fraction <= 1:
+        raise ValueError(f"`crop_fraction` must be from above 0 to 1, not {crop_fraction!r}.")
     height, width = as_pair(config.image_size)
     size = {"height": height, "width": width}
     crop = {}
@@ -39,3 +43,13 @@ def make_image_processor(
         image_std=list(image_std),
         **crop,
     )
+
+
+def with_channels(image: Image.Image, num_channels: int) -> Image.Image:
+    """An image of any mode as RGB (3 channels) or gray (1): what is transparent becomes white, as under the processor,
+    and 16 bits are scaled to 8, where PIL would cut them off."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("L" if num_channels == 1 else "RGB")

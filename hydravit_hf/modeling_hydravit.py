@@ -334,12 +334,13 @@ class HydraViTPreTrainedModel(PreTrainedModel):
         if kwargs.get("use_safetensors") is not False and kwargs.get("state_dict") is None:
             for file in _find_weights(pretrained_model_name_or_path, kwargs.get("variant"), hub_kwargs):
                 stored |= _read_header(file)
-        if _num_heads(stored, config) in (config.num_attention_heads, None):
+        held = _num_heads(stored, config)
+        if held in (config.num_attention_heads, None):
             return super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, config=config, **hub_kwargs, **kwargs
             )
         blocks = _leading_blocks(stored, config)
-        if _num_heads(stored, config) < config.num_attention_heads:
+        if held < config.num_attention_heads:
             blocks = _grow(cls(config, *model_args), blocks)
         loaded = super().from_pretrained(None, *model_args, config=config, state_dict=blocks, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with the loading info where that is asked for
@@ -377,7 +378,7 @@ class HydraViTPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: `num_heads` is not from 1 to the heads held.
         """
-        config = self._config_of(num_heads)
+        config = self.config.resized(self.config.check_num_heads(num_heads))
         return _assemble(type(self), config, _leading_blocks(self.state_dict(), config)).train(self.training)
 
     def to_vit(self, num_heads: int | None = None):
@@ -390,7 +391,7 @@ class HydraViTPreTrainedModel(PreTrainedModel):
         """
         if num_heads is None:
             num_heads = self.config.num_heads_active or self.config.num_attention_heads
-        config = self._config_of(num_heads)
+        config = self.config.resized(self.config.check_num_heads(num_heads))
         shared = {name: getattr(config, name) for name in _SHARED_WITH_VIT}
         vit_config = ViTConfig(hidden_size=config.hidden_size, intermediate_size=config.intermediate_size, **shared)
         vit_config.dtype = self.dtype
@@ -444,11 +445,6 @@ class HydraViTPreTrainedModel(PreTrainedModel):
         model = cls(config)
         model.load_state_dict(_grow(model, _leading_blocks(_vit_tensors(vit, config), config)))
         return model.to(vit.device, vit.dtype).train(vit.training)
-
-    def _config_of(self, num_heads: int) -> HydraViTConfig:
-        """The configuration of a subnetwork, checked."""
-        _warn_if_untrained(self.config, self.config.check_num_heads(num_heads))
-        return self.config.resized(num_heads)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -512,7 +508,7 @@ class HydraViTModel(HydraViTPreTrainedModel):
             return heads[torch.multinomial(weights, 1).item()]
         config.check_num_heads(num_heads)
         if not torch.compiler.is_compiling():
-            _warn_if_untrained(config, num_heads)
+            config.warn_if_untrained(num_heads)
         return num_heads
 
 
@@ -561,14 +557,6 @@ class HydraViTForImageClassification(HydraViTPreTrainedModel):
             loss = self.loss_function(labels, logits, self.config, **kwargs)
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
-
-
-def _warn_if_untrained(config: HydraViTConfig, num_heads: int):
-    if num_heads not in config.subnetwork_heads:
-        logger.warning_once(
-            f"This model was not trained to run {num_heads} heads, and untrained widths are close to chance. Its "
-            f"trained widths are {config.subnetwork_heads} heads."
         )
 
 

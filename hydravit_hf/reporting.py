@@ -33,6 +33,7 @@ def plot_accuracy(rows: list[dict], path: str | Path, title: str):
         title: What was measured, such as the data set and its number of images.
     """
     from matplotlib.figure import Figure
+    from matplotlib.patheffects import withStroke
 
     scale, unit = (1e9, "GMACs") if max(row["macs"] for row in rows) >= 1e9 else (1e6, "million MACs")
     macs, accuracies = [row["macs"] / scale for row in rows], [100 * row["accuracy"] for row in rows]
@@ -40,7 +41,8 @@ def plot_accuracy(rows: list[dict], path: str | Path, title: str):
     axes = figure.add_subplot()
     axes.plot(macs, accuracies, "o-", color="#4338ca", clip_on=False)
     for row, x, y in zip(rows, macs, accuracies, strict=True):
-        axes.annotate(str(row["num_heads"]), (x, y), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=9)
+        style = {"ha": "center", "fontsize": 9, "path_effects": [withStroke(linewidth=3, foreground="white")]}
+        axes.annotate(str(row["num_heads"]), (x, y), xytext=(0, 7), textcoords="offset points", **style)
     axes.set(xlabel=f"{unit} per image", ylabel="accuracy, %", title=title)
     axes.annotate("labels: attention heads", (1, 0.03), xycoords="axes fraction", ha="right", color="0.45", fontsize=9)
     axes.margins(y=0.15)

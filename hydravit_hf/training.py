@@ -55,13 +55,15 @@ def open_run(output_dir: Path, settings: dict, resume: bool, overwrite: bool):
             changes = ", ".join(f"{key} was {previous.get(key)!r} and is {settings.get(key)!r}" for key in changed)
             raise ValueError(f"'{output_dir}' holds another run than the one to resume: {changes}.")
         return
-    if output_dir.is_file() or (output_dir.is_dir() and any(output_dir.iterdir()) and not overwrite):
+    if output_dir.is_file():
+        raise ValueError(f"'{output_dir}' is a file, not a folder.")
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not overwrite:
         raise ValueError(
             f"'{output_dir}' is not empty: choose another --output_dir, or go on with --resume_from_checkpoint, or "
             "start anew with --overwrite_output_dir."
         )
     output_dir.mkdir(parents=True, exist_ok=True)
-    for checkpoint in output_dir.glob("checkpoint-*"):
+    for checkpoint in list_checkpoints(output_dir):
         shutil.rmtree(checkpoint)
     file.write_text(json.dumps(settings, indent=2) + "\n")
 
@@ -91,7 +93,7 @@ def save_checkpoint(accelerator, output_dir: Path, step: int, keep: int | None =
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints of a run, the oldest first."""
-    return sorted(output_dir.glob("checkpoint-*"), key=checkpoint_step)
+    return sorted(output_dir.glob("checkpoint-[0-9]*"), key=checkpoint_step)
 
 
 def checkpoint_step(checkpoint: Path) -> int:

@@ -148,16 +148,14 @@ def test_labels_that_are_words_become_classes(tmp_path, load):
     check_splits(load(), train=3, test=3)
 
 
-@pytest.mark.xfail(reason="each split numbers the classes that it has by itself", strict=True)
 def test_a_word_is_the_same_class_in_both_splits(tmp_path, load):
     write_labelled_parquet(tmp_path / "data", "train", ["eel", "cat", "dog"], Value("string"))
     write_labelled_parquet(tmp_path / "data", "test", ["eel", "dog"], Value("string"))
     check_splits(load(), train=3, test=2)
 
 
-@pytest.mark.xfail(reason="numbers are put in order as words are", strict=True)
 def test_labels_that_are_numbers_stay_in_order(tmp_path, load):
-    columns = {"image": [color("cat")] * 24, "label": [*range(12)] * 2}
+    columns = {"image": [color("cat")] * 60, "label": [*range(12)] * 5}
     write_parquet(tmp_path / "data", "train", columns, {"image": Image(), "label": Value("int64")})
     assert load()["train"].features["label"].names == [str(number) for number in range(12)]
 
@@ -200,7 +198,6 @@ def test_a_data_set_must_have_one_column_of_images_and_one_of_classes(tmp_path, 
         load()
 
 
-@pytest.mark.xfail(reason="a KeyError", strict=True)
 def test_a_data_set_without_a_train_split_is_an_error_that_says_so(tmp_path, load):
     write_images(tmp_path / "data" / "test", 2)
     with pytest.raises(ValueError, match="train"):
@@ -247,7 +244,6 @@ def test_an_augmentation_sees_rgb_images_before_the_processor(processor):
         assert torch.equal(one, other) and not torch.equal(one, unlike)
 
 
-@pytest.mark.xfail(reason="white under the processor, but whatever lies under it before an augmentation", strict=True)
 def test_what_is_transparent_looks_the_same_with_and_without_an_augmentation(processor):
     batch = {"image": [PILImage.new("RGBA", (5, 7), (0, 0, 255, 0))], "label": [0]}
     (plain,), (augmented,) = (

@@ -79,7 +79,6 @@ def test_there_is_a_row_for_each_width_in_the_order_asked_for():
     check_equal(backwards, [by_hand(model, items, num_heads) for num_heads in (4, 3, 1)])
 
 
-@pytest.mark.xfail(reason="counts are kept by width, and so add up", strict=True)
 def test_a_width_that_is_asked_for_twice_has_the_same_row_twice():
     model, items = make_classifier(), make_items(9)
     (once,) = evaluate_subnetworks(model, items, heads=[2])
@@ -104,7 +103,6 @@ def test_the_model_is_evaluated_without_dropout_and_left_in_the_mode_that_it_had
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.xfail(reason="the mode is restored only where all goes well", strict=True)
 def test_the_model_is_left_in_the_mode_that_it_had_also_by_an_error():
     model, items = make_classifier().train(), [{"pixel_values": torch.randn(3, 8, 9), "labels": 0}]
     with pytest.raises(ValueError, match="pixel_values"):

@@ -40,10 +40,11 @@ def test_a_table_has_a_line_for_each_row_with_its_values_rounded_and_their_units
     ]
 
 
-def test_the_columns_of_a_table_are_aligned():
+def test_the_columns_of_a_table_are_aligned_at_the_right():
     lines = format_table(ROWS).split("\n")
     bars = [[place for place, character in enumerate(line) if character == "|"] for line in lines]
     assert bars == [bars[0]] * 4 and len(bars[0]) == 7
+    assert all(line[bar - 2] != " " for line in lines for bar in bars[0][1:])
 
 
 @pytest.mark.parametrize("missing", ["parameters", "macs", "top5_accuracy", "loss"])

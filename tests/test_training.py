@@ -41,6 +41,7 @@ def test_a_draw_is_a_function_of_the_seed_and_the_step():
     assert all(type(draw) is int for draw in draws)
     assert [sample_num_heads(config, seed=8, step=step) for step in range(200)] != draws
     assert [sample_num_heads(config, seed=7, step=step) for step in range(200, 400)] != draws
+    assert [sample_num_heads(config, seed=8, step=step) for step in range(199)] != draws[1:]  # nor the same, shifted
 
 
 def test_a_draw_leaves_the_generators_of_others_alone():

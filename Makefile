@@ -1,0 +1,11 @@
+.PHONY: check test demo
+
+check:  ## what the linter says
+	ruff check
+	ruff format --check
+
+test:  ## the fast tests
+	pytest -m "not slow"
+
+demo:  ## train the digits and show what each width is worth
+	python examples/train_accelerate.py --overwrite_output_dir

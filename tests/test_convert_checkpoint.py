@@ -1,0 +1,168 @@
+"""A converted training file gives the logits that the original implementation gives, and nothing in it is executed."""
+
+import argparse
+import os
+import pickle
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from transformers import AutoImageProcessor
+
+from hydravit_hf import HydraViTForImageClassification
+from hydravit_hf.convert_checkpoint import convert_original_checkpoint, main
+
+OFFICIAL = Path(__file__).with_name("official_logits.safetensors")  # logits of the original, for the weights below
+EMBED, DEPTH, PATCH, SIZE, LABELS = 256, 2, 16, 48, 1000
+
+
+def original_weights(seed: int = 0) -> dict[str, torch.Tensor]:
+    """The weights for which the original's logits were recorded: noise, seeded with each parameter's name."""
+    shapes = {
+        "cls_token": (1, 1, EMBED),
+        "pos_embed": (1, 1 + (SIZE // PATCH) ** 2, EMBED),
+        "patch_embed.proj.weight": (EMBED, 3, PATCH, PATCH),
+        "patch_embed.proj.bias": (EMBED,),
+        "norm.weight": (EMBED,),
+        "norm.bias": (EMBED,),
+        "head.weight": (LABELS, EMBED),
+        "head.bias": (LABELS,),
+    }
+    for block in range(DEPTH):
+        for name, outputs, inputs in (
+            ("attn.qkv", 3 * EMBED, EMBED),
+            ("attn.proj", EMBED, EMBED),
+            ("mlp.fc1", 4 * EMBED, EMBED),
+            ("mlp.fc2", EMBED, 4 * EMBED),
+        ):
+            shapes[f"blocks.{block}.{name}.weight"] = (outputs, inputs)
+            shapes[f"blocks.{block}.{name}.bias"] = (outputs,)
+        for norm in ("norm1", "norm2"):
+            shapes |= {f"blocks.{block}.{norm}.{part}": (EMBED,) for part in ("weight", "bias")}
+    weights = {}
+    for name, shape in shapes.items():
+        generator = np.random.RandomState(zlib.crc32(f"{seed}/{name}".encode()))
+        noise = torch.from_numpy(generator.standard_normal(shape).astype(np.float32))
+        weights[name] = noise * (0.02 if len(shape) == 1 else 0.05)
+        if "norm" in name and name.endswith("weight"):
+            weights[name] += 1
+    return weights
+
+
+def training_file(path: Path, **entries) -> Path:
+    """A file as the original's training script writes it."""
+    weights = original_weights()
+    checkpoint = {
+        "epoch": 299,
+        "arch": "hydravit",
+        "state_dict": {f"module.{name}": tensor + 1 for name, tensor in weights.items()},
+        "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-5, "params": [0]}]},
+        "version": 2,
+        "args": argparse.Namespace(model="hydravit", mean=None, std=None, img_size=SIZE, lr=5e-4),
+        "state_dict_ema": weights,
+        "metric": 81.1,
+    }
+    torch.save(checkpoint | entries, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return training_file(tmp_path_factory.mktemp("original") / "model_best.pth.tar")
+
+
+def test_converted_logits_are_those_of_the_original_at_every_width(source):
+    model = convert_original_checkpoint(source)
+    images = torch.from_numpy(np.random.RandomState(0).standard_normal((2, 3, SIZE, SIZE)).astype(np.float32))
+    with safe_open(OFFICIAL, "pt") as official, torch.no_grad():
+        assert sorted(official.keys()) == [f"logits.{num_heads}" for num_heads in range(1, 5)]
+        for num_heads in range(1, 5):
+            expected = official.get_tensor(f"logits.{num_heads}")
+            logits = model(images, num_heads_active=num_heads).logits
+            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+            stock = model.to_vit(num_heads)(images).logits
+            torch.testing.assert_close(stock, expected, atol=1e-4, rtol=0)
+
+
+def test_the_averaged_weights_are_the_default_and_the_last_ones_an_option(source):
+    averaged, last = convert_original_checkpoint(source), convert_original_checkpoint(source, use_ema=False)
+    for (name, expected), tensor in zip(averaged.state_dict().items(), last.state_dict().values(), strict=True):
+        torch.testing.assert_close(tensor, expected + 1, msg=name)
+
+
+def test_the_command_saves_a_folder_that_loads_at_any_width_with_its_processor(source, tmp_path):
+    folder = tmp_path / "converted"
+    command = [sys.executable, "-m", "hydravit_hf.convert_checkpoint", str(source), str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "4-head HydraViT with 2 layers, for 48-pixel images and 1000 labels" in result.stdout
+    model = HydraViTForImageClassification.from_pretrained(folder, num_attention_heads=2)
+    processor = AutoImageProcessor.from_pretrained(folder)
+    assert list(processor.image_mean) == [0.485, 0.456, 0.406]  # not Inception's 0.5, which the original's script imports
+    assert list(processor.image_std) == [0.229, 0.224, 0.225]
+    pixel_values = processor(Image.new("L", (100, 70)), return_tensors="pt").pixel_values
+    assert model(pixel_values).logits.shape == (1, LABELS)
+
+
+def test_the_statistics_of_the_training_arguments_win(tmp_path):
+    arguments = argparse.Namespace(mean=(0.1, 0.2, 0.3), std=[0.4, 0.5, 0.6])
+    main([str(training_file(tmp_path / "source.pth.tar", args=arguments)), str(tmp_path / "converted")])
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "converted")
+    assert [*processor.image_mean, *processor.image_std] == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+
+
+class Malicious:
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
+
+
+@pytest.mark.parametrize("entry", ["args", "metric", "state_dict_ema"])
+def test_a_malicious_pickle_is_refused_and_does_nothing(tmp_path, entry):
+    trace = tmp_path / "executed"
+    file = training_file(tmp_path / "malicious.pth.tar", **{entry: Malicious(trace)})
+    with pytest.raises(ValueError, match=r"refused: besides tensors it holds \w+\.mkdir"):
+        convert_original_checkpoint(file)
+    with pytest.raises(SystemExit, match=r"error: .*refused"):
+        main([str(file), str(tmp_path / "converted")])
+    assert not trace.exists() and not (tmp_path / "converted").exists()
+    with open(tmp_path / "plain.pth.tar", "wb") as plain:
+        pickle.dump({"state_dict_ema": Malicious(trace)}, plain, protocol=2)
+    with pytest.raises((ValueError, OSError)):
+        convert_original_checkpoint(tmp_path / "plain.pth.tar")
+    assert not trace.exists()
+
+
+def test_what_is_no_whole_training_file_is_one_clear_error(tmp_path, source):
+    def converting(data: bytes):
+        (tmp_path / "file.pth.tar").write_bytes(data)
+        return convert_original_checkpoint(tmp_path / "file.pth.tar")
+
+    for data in (b"", b"not a checkpoint", source.read_bytes()[:-5000], source.read_bytes()[:100]):
+        with pytest.raises(OSError, match=r"file\.pth\.tar' is not a PyTorch checkpoint, or it is damaged"):
+            converting(data)
+    with pytest.raises(FileNotFoundError):
+        convert_original_checkpoint(tmp_path / "nowhere.pth.tar")
+    for entries, message in (
+        ({"state_dict_ema": None}, "no 'state_dict_ema'"),
+        ({"state_dict_ema": {**original_weights(), "blocks.0.ls1.gamma": torch.ones(3)}}, "blocks.0.ls1.gamma"),
+        ({"state_dict_ema": {"cls_token": torch.ones(1, 1, 64)}}, "does not hold all the weights"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert_original_checkpoint(training_file(tmp_path / "file.pth.tar", **entries))
+
+
+def test_the_command_never_writes_into_a_folder_that_is_not_empty(source, tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(SystemExit):
+        main([str(source), str(tmp_path)])
+    assert "not an empty folder" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]

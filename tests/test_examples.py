@@ -1,0 +1,175 @@
+"""The example scripts run as their users run them: as processes, on real data, to the end or to a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import pipeline
+
+from hydravit_hf import HydraViTForImageClassification
+from hydravit_hf.data import load_digits
+from hydravit_hf.evaluation import evaluate_subnetworks
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TINY = ["--num_attention_heads", "4", "--num_hidden_layers", "1", "--max_train_steps", "24", "--drop_path_rate", "0.1"]
+
+
+def command(script: str, *arguments) -> list[str]:
+    return [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
+
+
+def run(script: str, *arguments, **kwargs) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command(script, *arguments), env=environment, capture_output=True, text=True, timeout=300, **kwargs
+    )
+
+
+def train(output_dir: Path, *arguments) -> subprocess.CompletedProcess:
+    result = run("train_accelerate.py", "--output_dir", output_dir, *TINY, *arguments)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The output folder of a short run, and what it printed."""
+    folder = tmp_path_factory.mktemp("trained")
+    result = train(folder, "--with_tracking", "--report_to", "tensorboard", "--evaluation_epochs", "1")
+    return folder, result.stdout
+
+
+def test_training_leaves_one_checkpoint_whose_table_is_true_at_every_width(trained):
+    folder, printed = trained
+    rows = json.loads((folder / "results.json").read_text())
+    assert [row["num_heads"] for row in rows] == [3, 4]
+    from hydravit_hf.data import to_pixel_values
+    from hydravit_hf.image_processing import ViTImageProcessorPil
+
+    processor = ViTImageProcessorPil.from_pretrained(folder)
+    test = load_digits()["test"].with_transform(to_pixel_values(processor))
+    whole = HydraViTForImageClassification.from_pretrained(folder)
+    for row in rows:
+        (found,) = evaluate_subnetworks(whole, test, [row["num_heads"]], batch_size=50)
+        assert found["accuracy"] == pytest.approx(row["accuracy"])
+        assert f"{row['accuracy']:.2%}" in printed
+        extracted = whole.extract_subnetwork(row["num_heads"])
+        assert row["parameters"] == extracted.num_parameters()
+    assert rows[-1]["accuracy"] > 0.3  # chance is 0.1
+    assert Image.open(folder / "accuracy_over_macs.png").format == "PNG"
+    assert list(folder.rglob("events.out.tfevents.*"))
+    assert printed.count("| heads |") == 2  # after the first epoch and at the end
+
+
+def test_what_was_trained_serves_in_the_stock_pipeline(trained):
+    folder, _ = trained
+    digits = load_digits()["test"]
+    classify = pipeline("image-classification", model=str(folder), model_kwargs={"num_attention_heads": 3})
+    predictions = classify([digits[index]["image"] for index in range(100)], top_k=1)
+    correct = sum(predictions[index][0]["label"] == str(digits[index]["label"]) for index in range(100))
+    assert correct > 20
+
+
+def test_a_run_that_is_killed_and_resumed_ends_with_the_weights_of_one_that_was_not(tmp_path):
+    checkpoints = ["--checkpointing_steps", "4", "--gradient_accumulation_steps", "2"]
+    train(tmp_path / "whole", *checkpoints)
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(
+        command("train_accelerate.py", "--output_dir", killed, *TINY, *checkpoints),
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not (killed / "checkpoint-12").exists():  # in the middle of the second epoch of 11 steps
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "model.safetensors").exists()
+    result = train(killed, *checkpoints, "--resume_from_checkpoint", "latest")
+    assert "Resumed from" in result.stdout
+    expected, found = (load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", killed))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert json.loads((killed / "results.json").read_text()) == json.loads(
+        (tmp_path / "whole" / "results.json").read_text()
+    )
+
+
+def test_a_folder_that_holds_another_run_is_left_alone(trained):
+    folder, _ = trained
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+    result = run("train_accelerate.py", "--output_dir", folder, *TINY)
+    assert result.returncode != 0
+    assert "is not empty" in result.stderr.splitlines()[-1]
+    result = run(
+        "train_accelerate.py", "--output_dir", folder, *TINY, "--seed", 1, "--resume_from_checkpoint", "latest"
+    )
+    assert result.returncode != 0
+    assert "seed was '0' and is '1'" in result.stderr.splitlines()[-1]
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
+
+
+def test_training_starts_from_a_folder_of_images_and_a_stock_vit(trained, tmp_path):
+    folder, _ = trained
+    digits = load_digits()["train"]
+    for index in range(120):
+        file = tmp_path / "images" / str(digits[index]["label"]) / f"{index}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        digits[index]["image"].save(file)
+    HydraViTForImageClassification.from_pretrained(folder).to_vit(3).save_pretrained(tmp_path / "vit")
+    arguments = ["--data_dir", tmp_path / "images", "--from_vit", tmp_path / "vit", "--max_train_steps", 2]
+    train(tmp_path / "out", *arguments, "--per_device_train_batch_size", 16)
+    model = HydraViTForImageClassification.from_pretrained(tmp_path / "out")
+    assert model.config.num_attention_heads == 4
+    assert model.config.id2label == {index: str(index) for index in range(10)}
+    arguments[2:4] = ["--model_name_or_path", tmp_path / "out"]
+    train(
+        tmp_path / "again",
+        *arguments,
+        "--per_device_train_batch_size",
+        16,
+        "--separate_classifiers",
+        "--ignore_mismatched_sizes",
+    )
+    assert HydraViTForImageClassification.from_pretrained(tmp_path / "again").classifier.weight.shape[0] == 2
+
+
+def test_two_processes_train_as_one(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    arguments = ["--output_dir", tmp_path, *TINY, "--separate_classifiers", "--per_device_train_batch_size", "32"]
+    result = subprocess.run(
+        [*launch, str(EXAMPLES / "train_accelerate.py"), *map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "2 processes" in result.stdout
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert rows[-1]["accuracy"] > 0.2
+
+
+def test_the_benchmark_of_forward_prints_a_row_for_each_width(tmp_path):
+    arguments = ["--batch_size", 1, "--heads", 1, 2, "--rounds", 1, "--device", "cpu", "--json", tmp_path / "rows.json"]
+    result = run("benchmark_forward.py", *arguments)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["num_heads"] for row in rows] == [1, 2]
+    assert all(row["elastic_ms"] > 0 and row["stock_ms"] > 0 for row in rows)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the benchmark is for Linux")
+def test_the_benchmark_of_loading_prints_a_row_for_each_way():
+    result = run("benchmark_loading.py", "--rounds", 1)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("num_attention_heads=3") == 2

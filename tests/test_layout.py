@@ -1,0 +1,49 @@
+"""Who imports whom, and what travels with a checkpoint."""
+
+import ast
+import sys
+from itertools import chain
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "hydravit_hf"
+# Each file imports from those above it only; files of one line don't import each other.
+LAYERS = [
+    ["configuration_hydravit"],
+    ["modeling_hydravit", "image_processing", "subnetwork_accuracy", "reporting"],
+    ["convert_checkpoint", "data", "evaluation", "profiling", "training"],
+    ["__init__"],
+]
+
+
+def imports(module: str, relative: bool) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and bool(node.level) == relative:
+            found.add(node.module)
+        elif isinstance(node, ast.Import) and not relative:
+            found |= {alias.name for alias in node.names}
+    return {name.partition(".")[0] for name in found}
+
+
+def test_files_import_downwards_only():
+    assert sorted(chain(*LAYERS)) == sorted(file.stem for file in PACKAGE.glob("*.py"))
+    for number, layer in enumerate(LAYERS):
+        below = set(chain(*LAYERS[:number]))
+        for module in layer:
+            assert imports(module, relative=True) <= below, module
+
+
+def test_what_travels_imports_the_standard_library_torch_transformers_and_each_other_only():
+    for module in ("configuration_hydravit", "modeling_hydravit"):
+        assert imports(module, relative=False) <= set(sys.stdlib_module_names) | {"torch", "transformers"}
+        assert imports(module, relative=True) <= {"configuration_hydravit"}
+
+
+def test_importing_the_package_needs_no_extra():
+    extras = {"accelerate", "datasets", "evaluate", "matplotlib", "sklearn"}
+    todo, seen = {"__init__"}, set()
+    while todo:
+        module = todo.pop()
+        seen.add(module)
+        assert imports(module, relative=False).isdisjoint(extras), module
+        todo |= imports(module, relative=True) - seen

@@ -1,0 +1,79 @@
+"""Every snippet of the README runs, in order, on a checkpoint like that of its first command."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+from hydravit_hf import HydraViTForImageClassification, HydraViTModel
+from hydravit_hf.data import load_digits
+from hydravit_hf.image_processing import make_image_processor
+from hydravit_hf.profiling import count_macs, count_parameters
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def snippets(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture
+def trained(make_model, tmp_path, monkeypatch):
+    model = make_model(num_attention_heads=12, subnetwork_heads=None, num_labels=10, image_size=8)
+    model.save_pretrained(tmp_path / "runs" / "digits")
+    make_image_processor(model.config).save_pretrained(tmp_path / "runs" / "digits")
+    load_digits()["test"][0]["image"].save(tmp_path / "digit.png")
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_python_snippets_run_and_do_what_they_say(trained):
+    names = {}
+    assert len(snippets("python")) >= 3
+    for number, snippet in enumerate(snippets("python")):
+        exec(compile(snippet, f"README snippet {number + 1}", "exec"), names)
+        if number == 0:
+            assert names["small"].config.num_attention_heads == 3
+            assert names["model"].config.num_heads_active == 6
+            torch.testing.assert_close(names["vit"](names["images"]).logits, names["logits"], atol=1e-5, rtol=0)
+            torch.testing.assert_close(names["small"](names["images"]).logits, names["logits"], atol=1e-5, rtol=0)
+    assert names["model"].config.num_attention_heads == 12
+
+
+def test_the_commands_install_extras_that_exist_and_run_files_that_exist():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    commands = snippets("bash")
+    assert len(commands) == 2
+    for command in commands:
+        assert command.count("\n") == 1  # one line installs and runs
+        assert set(re.search(r"\[(.*)\]", command)[1].split(",")) <= set(extras)
+    for path in re.findall(r"\]\(((?!http)[^)]+)\)", README):
+        assert (ROOT / path).exists(), path
+    module = re.search(r"python -m (hydravit_hf\S+)", README)[1]
+    result = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True)
+    assert result.returncode == 0 and "SRC" in result.stdout
+
+
+def test_the_table_of_costs_is_that_of_the_default_model():
+    from hydravit_hf import HydraViTConfig
+
+    config = HydraViTConfig(num_labels=1000)
+    rows = re.findall(r"^\| +(\d+) \| +([\d.]+) M \| +([\d.]+) G \|", README, flags=re.MULTILINE)
+    assert [int(heads) for heads, *_ in rows] == config.subnetwork_heads
+    for heads, parameters, macs in rows:
+        assert f"{count_parameters(config, int(heads)) / 1e6:.2f}" == parameters
+        assert f"{count_macs(config, int(heads)) / 1e9:.2f}" == macs
+
+
+def test_what_the_readme_names_exists():
+    for name in re.findall(r"`(\w+)`", README):
+        known = hasattr(HydraViTForImageClassification, name) or hasattr(HydraViTModel, name)
+        assert known or name in {
+            "hydravit_hf",
+            "PreTrainedModel",
+            "num_heads_active",
+        }, name
