@@ -123,6 +123,8 @@ def make_model(args, labels: list[str]):
     source = args.from_vit or args.model_name_or_path
     if source and cached_file(source, IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False):
         return model, AutoImageProcessor.from_pretrained(source)
+    if on_digits:
+        return model, make_image_processor(model.config, image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
     return model, make_image_processor(model.config)
 
 

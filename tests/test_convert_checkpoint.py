@@ -104,7 +104,8 @@ def test_the_command_saves_a_folder_that_loads_at_any_width_with_its_processor(s
     assert "4-head HydraViT with 2 layers, for 48-pixel images and 1000 labels" in result.stdout
     model = HydraViTForImageClassification.from_pretrained(folder, num_attention_heads=2)
     processor = AutoImageProcessor.from_pretrained(folder)
-    assert list(processor.image_mean) == [0.485, 0.456, 0.406]  # not Inception's 0.5, which the original's script imports
+    # not Inception's 0.5, which the original's script imports
+    assert list(processor.image_mean) == [0.485, 0.456, 0.406]
     assert list(processor.image_std) == [0.229, 0.224, 0.225]
     pixel_values = processor(Image.new("L", (100, 70)), return_tensors="pt").pixel_values
     assert model(pixel_values).logits.shape == (1, LABELS)

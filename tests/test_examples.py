@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import pipeline
+from transformers import AutoImageProcessor, pipeline
 
 from hydravit_hf import HydraViTForImageClassification
-from hydravit_hf.data import load_digits
+from hydravit_hf.data import load_digits, to_pixel_values
 from hydravit_hf.evaluation import evaluate_subnetworks
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -51,10 +51,7 @@ def test_training_leaves_one_checkpoint_whose_table_is_true_at_every_width(train
     folder, printed = trained
     rows = json.loads((folder / "results.json").read_text())
     assert [row["num_heads"] for row in rows] == [3, 4]
-    from hydravit_hf.data import to_pixel_values
-    from hydravit_hf.image_processing import ViTImageProcessorPil
-
-    processor = ViTImageProcessorPil.from_pretrained(folder)
+    processor = AutoImageProcessor.from_pretrained(folder)
     test = load_digits()["test"].with_transform(to_pixel_values(processor))
     whole = HydraViTForImageClassification.from_pretrained(folder)
     for row in rows:
@@ -64,7 +61,8 @@ def test_training_leaves_one_checkpoint_whose_table_is_true_at_every_width(train
         extracted = whole.extract_subnetwork(row["num_heads"])
         assert row["parameters"] == extracted.num_parameters()
     assert rows[-1]["accuracy"] > 0.3  # chance is 0.1
-    assert Image.open(folder / "accuracy_over_macs.png").format == "PNG"
+    with Image.open(folder / "accuracy_over_macs.png") as plot:
+        assert plot.format == "PNG"
     assert list(folder.rglob("events.out.tfevents.*"))
     assert printed.count("| heads |") == 2  # after the first epoch and at the end
 
@@ -168,6 +166,7 @@ def test_the_benchmark_of_forward_prints_a_row_for_each_width(tmp_path):
     assert all(row["elastic_ms"] > 0 and row["stock_ms"] > 0 for row in rows)
 
 
+@pytest.mark.slow  # its fast sibling is test_a_narrow_load_reads_the_leading_rows_only
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the benchmark is for Linux")
 def test_the_benchmark_of_loading_prints_a_row_for_each_way():
     result = run("benchmark_loading.py", "--rounds", 1)
