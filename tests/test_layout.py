@@ -5,6 +5,10 @@ import sys
 from itertools import chain
 from pathlib import Path
 
+import pytest
+
+import hydravit_hf
+
 PACKAGE = Path(__file__).parents[1] / "hydravit_hf"
 # Each file imports from those above it only; files of one line don't import each other.
 LAYERS = [
@@ -47,3 +51,10 @@ def test_importing_the_package_needs_no_extra():
         seen.add(module)
         assert imports(module, relative=False).isdisjoint(extras), module
         todo |= imports(module, relative=True) - seen
+
+
+def test_every_public_name_can_be_imported():
+    for name in hydravit_hf.__all__:
+        assert getattr(hydravit_hf, name).__name__ == name
+    with pytest.raises(AttributeError, match="nonsense"):
+        hydravit_hf.nonsense  # noqa: B018
