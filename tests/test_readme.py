@@ -76,4 +76,5 @@ def test_what_the_readme_names_exists():
             "hydravit_hf",
             "PreTrainedModel",
             "num_heads_active",
+            "num_attention_heads",
         }, name
