@@ -646,8 +646,8 @@ def _grow(model: HydraViTPreTrainedModel, blocks: dict) -> dict[str, torch.Tenso
         if block is None:
             logger.warning(f"The checkpoint has no '{name}' that fits: it is newly initialized.")
             continue
-        grown = _width_dims(name, block.ndim)
-        if all(size == block.shape[dim] for dim, size in enumerate(parameter.shape) if dim not in grown):
+        fixed = set(range(block.ndim)) - set(_width_dims(name, block.ndim))
+        if parameter.ndim == block.ndim and all(parameter.shape[dim] == block.shape[dim] for dim in fixed):
             parameter[tuple(slice(size) for size in block.shape)].copy_(block)
         else:
             parameters[name] = block  # another number of labels or tokens: what loads this says so
@@ -714,7 +714,7 @@ class _StoredTensor:
         count = math.prod(shape)
         size = count * self.dtype.itemsize
         self.scratch.extend(bytes(max(0, size - len(self.scratch))))
-        with open(self.path, "rb", buffering=0) as file:
+        with open(self.path, "rb") as file:
             if hasattr(os, "posix_fadvise"):  # Linux; elsewhere the kernel may read somewhat ahead
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             file.seek(self.start)

@@ -147,6 +147,13 @@ def test_other_labels_need_ignore_mismatched_sizes_at_every_width(any_model, fol
         torch.testing.assert_close(found, states, atol=1e-5, rtol=0)
 
 
+def test_one_classifier_never_passes_for_separate_ones(make_model, tmp_path):
+    make_model(num_labels=8).save_pretrained(tmp_path)  # as many labels as there will be subnetworks
+    for num_heads in (3, 6, 8):
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+            CLASSIFIER.from_pretrained(tmp_path, num_attention_heads=num_heads, separate_classifiers=True)
+
+
 @pytest.mark.parametrize("keyword", ["num_heads_active", "num_attention_heads"])
 @pytest.mark.parametrize("value", [0, -3, 2.0, True, "3"])
 def test_a_wrong_width_is_an_error_at_load(model, tmp_path, keyword, value):
