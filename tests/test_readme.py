@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from hydravit_hf import HydraViTForImageClassification, HydraViTModel
-from hydravit_hf.data import load_digits
 from hydravit_hf.image_processing import make_image_processor
 from hydravit_hf.profiling import count_macs, count_parameters
 
@@ -27,7 +26,6 @@ def trained(make_model, tmp_path, monkeypatch):
     model = make_model(num_attention_heads=12, subnetwork_heads=None, num_labels=10, image_size=8)
     model.save_pretrained(tmp_path / "runs" / "digits")
     make_image_processor(model.config).save_pretrained(tmp_path / "runs" / "digits")
-    load_digits()["test"][0]["image"].save(tmp_path / "digit.png")
     monkeypatch.chdir(tmp_path)
 
 
@@ -39,8 +37,8 @@ def test_the_python_snippets_run_and_do_what_they_say(trained):
         if number == 0:
             assert names["small"].config.num_attention_heads == 3
             assert names["model"].config.num_heads_active == 6
-            torch.testing.assert_close(names["vit"](names["images"]).logits, names["logits"], atol=1e-5, rtol=0)
-            torch.testing.assert_close(names["small"](names["images"]).logits, names["logits"], atol=1e-5, rtol=0)
+            torch.testing.assert_close(names["vit"](names["pixel_values"]).logits, names["logits"], atol=1e-5, rtol=0)
+            torch.testing.assert_close(names["small"](names["pixel_values"]).logits, names["logits"], atol=1e-5, rtol=0)
     assert names["model"].config.num_attention_heads == 12
 
 
