@@ -139,11 +139,11 @@ def main():
         log_with=args.report_to if args.with_tracking else None,
         project_dir=args.output_dir,
     )
-    with accelerator.main_process_first():
-        if accelerator.is_main_process:
-            open_run(args.output_dir, settings, args.resume_from_checkpoint is not None, args.overwrite_output_dir)
-    if args.push_to_hub and accelerator.is_main_process:
-        repo_id = HfApi().create_repo(args.hub_model_id or args.output_dir.name, exist_ok=True).repo_id
+    if accelerator.is_main_process:
+        if args.push_to_hub:  # first, as it fails without a token
+            repo_id = HfApi().create_repo(args.hub_model_id or args.output_dir.name, exist_ok=True).repo_id
+        open_run(args.output_dir, settings, args.resume_from_checkpoint is not None, args.overwrite_output_dir)
+    accelerator.wait_for_everyone()
     if args.with_tracking:
         accelerator.init_trackers("hydravit", config=settings)
     set_seed(args.seed)

@@ -141,7 +141,7 @@ def test_training_starts_from_a_folder_of_images_and_a_stock_vit(trained, tmp_pa
     assert HydraViTForImageClassification.from_pretrained(tmp_path / "again").classifier.weight.shape[0] == 2
 
 
-def test_two_processes_train_as_one(tmp_path):
+def test_two_processes_train_one_model(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     arguments = ["--output_dir", tmp_path, *TINY, "--separate_classifiers", "--per_device_train_batch_size", "32"]
     result = subprocess.run(
