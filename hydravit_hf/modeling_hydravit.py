@@ -26,7 +26,9 @@ import shutil
 import struct
 from bisect import bisect_left
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import nn
@@ -330,16 +332,20 @@ class HydraViTPreTrainedModel(PreTrainedModel):
             dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
             config, kwargs = cls.config_class.from_pretrained(source, return_unused_kwargs=True, **hub_kwargs, **kwargs)
             kwargs |= dtype
-        stored = {}
+        paths = []
         if kwargs.get("use_safetensors") is not False and kwargs.get("state_dict") is None:
-            for file in _find_weights(pretrained_model_name_or_path, kwargs.get("variant"), hub_kwargs):
-                stored |= _read_header(file)
-        held = _num_heads(stored, config)
-        if held in (config.num_attention_heads, None):
+            paths = _find_weights(pretrained_model_name_or_path, kwargs.get("variant"), hub_kwargs)
+        with ExitStack() as files:  # open until all is read, so that a save in the meantime can't mix two checkpoints
+            stored = {}
+            for path in paths:
+                stored |= _read_header(files.enter_context(open(path, "rb")))
+            held = _num_heads(stored, config)
+            resize = held not in (config.num_attention_heads, None)
+            blocks = _leading_blocks(stored, config) if resize else None
+        if not resize:
             return super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, config=config, **hub_kwargs, **kwargs
             )
-        blocks = _leading_blocks(stored, config)
         if held < config.num_attention_heads:
             blocks = _grow(cls(config, *model_args), blocks)
         loaded = super().from_pretrained(None, *model_args, config=config, state_dict=blocks, **kwargs)
@@ -695,18 +701,20 @@ _SAFETENSORS_DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
 
 
 class _StoredTensor:
-    """A tensor in a safetensors file; slicing it reads the leading rows that are asked for and nothing else.
+    """A tensor in an open safetensors file; slicing it reads the leading rows that are asked for and nothing else.
 
     The rows of a matrix are contiguous, so one read fetches them; the columns are cut in memory, as they share their
     pages with the rest of the row. Memory maps (safetensors' `get_slice`) make the kernel read the whole file ahead.
     """
 
-    def __init__(self, path: str, dtype: torch.dtype, shape: list[int], start: int, scratch: bytearray):
-        self.path, self.dtype, self.shape, self.start = path, dtype, shape, start
+    def __init__(self, file: BinaryIO, dtype: torch.dtype, shape: list[int], start: int, scratch: bytearray):
+        self.file, self.dtype, self.shape, self.start = file, dtype, shape, start
         self.scratch = scratch  # shared by the tensors of a file: fresh memory for each would cost more than the reads
 
     def __getitem__(self, slices: tuple[slice, ...]) -> torch.Tensor:
@@ -714,11 +722,8 @@ class _StoredTensor:
         count = math.prod(shape)
         size = count * self.dtype.itemsize
         self.scratch.extend(bytes(max(0, size - len(self.scratch))))
-        with open(self.path, "rb") as file:
-            if hasattr(os, "posix_fadvise"):  # Linux; elsewhere the kernel may read somewhat ahead
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-            file.seek(self.start)
-            file.readinto(memoryview(self.scratch)[:size])
+        self.file.seek(self.start)
+        self.file.readinto(memoryview(self.scratch)[:size])
         rows = torch.frombuffer(self.scratch, dtype=self.dtype, count=count).view(shape)
         return rows[slices].clone(memory_format=torch.contiguous_format)
 
@@ -742,15 +747,14 @@ def _find_weights(checkpoint, variant: str | None, hub_kwargs: dict) -> list[str
     return [cached_file(checkpoint, shard, **hub_kwargs) for shard in shards]
 
 
-def _read_header(path: str) -> dict[str, _StoredTensor]:
+def _read_header(file: BinaryIO) -> dict[str, _StoredTensor]:
     """The tensors of a safetensors file: 8 bytes with the header's length, the header (JSON), the data."""
     try:
-        file_size = os.path.getsize(path)
-        with open(path, "rb") as file:
-            (header_size,) = struct.unpack("<Q", file.read(8))
-            if header_size > file_size:
-                raise ValueError("the header does not fit into the file")
-            header = json.loads(file.read(header_size))
+        file_size = os.fstat(file.fileno()).st_size
+        (header_size,) = struct.unpack("<Q", file.read(8))
+        if header_size > file_size:
+            raise ValueError("the header does not fit into the file")
+        header = json.loads(file.read(header_size))
         header.pop("__metadata__", None)
         tensors, scratch = {}, bytearray()
         for name, entry in header.items():
@@ -758,10 +762,12 @@ def _read_header(path: str) -> dict[str, _StoredTensor]:
             dtype, shape = _SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"]
             if end - start != math.prod(shape) * dtype.itemsize or end > file_size:
                 raise ValueError(f"the file ends before the data of '{name}'")
-            tensors[name] = _StoredTensor(path, dtype, shape, start, scratch)
-        return tensors
+            tensors[name] = _StoredTensor(file, dtype, shape, start, scratch)
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise OSError(f"'{path}' is not a whole safetensors file: {error}") from error
+        raise OSError(f"'{file.name}' is not a whole safetensors file: {error}") from error
+    if hasattr(os, "posix_fadvise"):  # Linux; elsewhere the kernel may read somewhat ahead
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+    return tensors
 
 
 def _move_checkpoint(staging: Path, directory: Path):
@@ -790,8 +796,8 @@ def _move_checkpoint(staging: Path, directory: Path):
         return
     for name in set(entries) - {entry}:
         (directory / name).unlink(missing_ok=True)
-    for file in directory.glob("model-*-of-*.safetensors"):
-        if file.name not in shards.values():
+    for file in directory.iterdir():
+        if re.fullmatch(r"model-(\d+-)?\d{5}-of-\d{5}[.]safetensors", file.name) and file.name not in shards.values():
             file.unlink()
 
 
