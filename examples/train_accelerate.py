@@ -173,6 +173,8 @@ def main():
     steps_per_epoch = len(train_loader) // args.gradient_accumulation_steps
     if steps_per_epoch == 0:
         raise ValueError(f"{len(data['train'])} training images are fewer than one step takes.")
+    by_epoch = args.checkpointing_steps == "epoch"
+    checkpointing_steps = steps_per_epoch if by_epoch else int(args.checkpointing_steps or 0)
     max_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     scheduler = get_cosine_schedule_with_warmup(optimizer.optimizer, round(args.warmup_ratio * max_steps), max_steps)
     plain_model = accelerator.unwrap_model(model)
@@ -182,7 +184,7 @@ def main():
     if args.resume_from_checkpoint:
         checkpoint = Path(args.resume_from_checkpoint)
         if args.resume_from_checkpoint == "latest":
-            checkpoint = next(iter(list_checkpoints(args.output_dir)[::-1]), None)
+            checkpoint = (list_checkpoints(args.output_dir) or [None])[-1]
         if checkpoint is not None:  # else the run stopped before its first checkpoint, and starts anew
             accelerator.load_state(str(checkpoint))
             step = checkpoint_step(checkpoint)
@@ -222,8 +224,7 @@ def main():
                 figures = {"loss": loss.item(), "num_heads": num_heads, "learning_rate": scheduler.get_last_lr()[0]}
                 progress.set_postfix(loss=f"{figures['loss']:.3f}", heads=num_heads)
                 accelerator.log(figures, step=step)
-            at_epoch = args.checkpointing_steps == "epoch" and step % steps_per_epoch == 0
-            if at_epoch or (str(args.checkpointing_steps).isdigit() and step % int(args.checkpointing_steps) == 0):
+            if checkpointing_steps and step % checkpointing_steps == 0:
                 save_checkpoint(accelerator, args.output_dir, step, keep=args.checkpoints_total_limit)
         if args.evaluation_epochs and (epoch + 1) % args.evaluation_epochs == 0 and step < max_steps:
             rows = evaluate_subnetworks(average.module, data["test"], heads, **evaluation)

@@ -95,6 +95,12 @@ class HydraViTConfig(PreTrainedConfig):
         return self.mlp_ratio * self.hidden_size
 
     @property
+    def subnetwork_odds(self) -> list[float]:
+        """The probability of each of `subnetwork_heads` in training."""
+        weights = self.subnetwork_weights or [1.0] * len(self.subnetwork_heads)
+        return [weight / sum(weights) for weight in weights]
+
+    @property
     def patch_grid(self) -> tuple[int, int]:
         """Rows and columns of patches of an image of `image_size`."""
         (height, width), (patch_height, patch_width) = as_pair(self.image_size), as_pair(self.patch_size)
@@ -148,7 +154,7 @@ class HydraViTConfig(PreTrainedConfig):
 
     def check_num_heads(self, num_heads: int) -> int:
         """Return `num_heads` if the model can run it; raise a `ValueError` that names the range if not."""
-        if type(num_heads) is bool or not isinstance(num_heads, int) or not 1 <= num_heads <= self.num_attention_heads:
+        if not _is_count(num_heads, self.num_attention_heads):
             raise ValueError(
                 f"`num_heads_active` must be an integer from 1 to {self.num_attention_heads}, the heads that this "
                 f"model holds, not {num_heads!r}."
@@ -221,8 +227,13 @@ def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and type(value) is not bool
 
 
+def _is_count(value, largest=None) -> bool:
+    is_integer = isinstance(value, int) and type(value) is not bool
+    return is_integer and value >= 1 and (largest is None or value <= largest)
+
+
 def _check_integer(name, value, largest=None):
-    if type(value) is bool or not isinstance(value, int) or value < 1 or (largest is not None and value > largest):
+    if not _is_count(value, largest):
         allowed = "a positive integer" if largest is None else f"from 1 to {largest}"
         raise ValueError(f"`{name}` must be {allowed}, not {value!r}.")
 

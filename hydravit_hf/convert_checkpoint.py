@@ -82,6 +82,11 @@ def convert_original_checkpoint(path: str | Path, use_ema: bool = True, **config
         ValueError: It holds something that could run code, or not the weights of a HydraViT.
     """
     original, _ = read_original_checkpoint(path, use_ema)
+    return _convert(path, original, config)
+
+
+def _convert(path: str | Path, original: dict[str, torch.Tensor], config: dict) -> HydraViTForImageClassification:
+    """The model of weights with their original names; `path` is for messages."""
     weights = {}
     for name, tensor in original.items():
         matches = [(pattern, new) for pattern, new in KEYS.items() if re.fullmatch(pattern, name)]
@@ -128,8 +133,8 @@ def main(arguments: list[str] | None = None):
     if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
         parser.error(f"'{args.folder}' exists and is not an empty folder")
     try:
-        model = convert_original_checkpoint(args.source, use_ema=not args.no_ema)
-        _, trained_with = read_original_checkpoint(args.source, use_ema=not args.no_ema)
+        original, trained_with = read_original_checkpoint(args.source, use_ema=not args.no_ema)
+        model = _convert(args.source, original, {})
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     statistics = {

@@ -509,9 +509,8 @@ class HydraViTModel(HydraViTPreTrainedModel):
         if num_heads is None and not self.training:
             return config.num_attention_heads
         if num_heads is None:
-            heads = config.subnetwork_heads
-            weights = torch.tensor(config.subnetwork_weights or [1.0] * len(heads), dtype=torch.float64, device="cpu")
-            return heads[torch.multinomial(weights, 1).item()]
+            odds = torch.tensor(config.subnetwork_odds, dtype=torch.float64, device="cpu")
+            return config.subnetwork_heads[torch.multinomial(odds, 1).item()]
         config.check_num_heads(num_heads)
         if not torch.compiler.is_compiling():
             config.warn_if_untrained(num_heads)

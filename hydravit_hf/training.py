@@ -19,9 +19,7 @@ def sample_num_heads(config: HydraViTConfig, seed: int, step: int) -> int:
     A pure function of its arguments: every process draws the same width, and a resumed run replays the draws. (In the
     original each process draws its own, so that a step of two processes averages two widths.)
     """
-    weights = config.subnetwork_weights or [1.0] * len(config.subnetwork_heads)
-    odds = np.divide(weights, sum(weights))
-    return int(np.random.default_rng([seed, step]).choice(config.subnetwork_heads, p=odds))
+    return int(np.random.default_rng([seed, step]).choice(config.subnetwork_heads, p=config.subnetwork_odds))
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hydravit_hf import HydraViTForImageClassification, HydraViTModel
+from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, HydraViTModel
 from hydravit_hf.image_processing import make_image_processor
 from hydravit_hf.profiling import count_macs, count_parameters
 
@@ -57,8 +57,6 @@ def test_the_commands_install_extras_that_exist_and_run_files_that_exist():
 
 
 def test_the_table_of_costs_is_that_of_the_default_model():
-    from hydravit_hf import HydraViTConfig
-
     config = HydraViTConfig(num_labels=1000)
     rows = re.findall(r"^\| +(\d+) \| +([\d.]+) M \| +([\d.]+) G \|", README, flags=re.MULTILINE)
     assert [int(heads) for heads, *_ in rows] == config.subnetwork_heads
