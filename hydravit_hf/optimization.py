@@ -1,0 +1,88 @@
+"""What moves the weights: parameter groups, and an AdamW that leaves alone the weights that a step hasn't used."""
+
+import torch
+from torch import nn
+
+from .modeling_hydravit import HydraViTPreTrainedModel, _width_dims
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Parameter groups for an optimizer: matrices and kernels decay; biases, norms, tokens and positions do not."""
+    groups = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        groups[name.endswith("weight") and parameter.ndim > 1].append(parameter)
+    return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
+
+
+class PrefixAdamW(torch.optim.Optimizer):
+    """AdamW that updates the leading heads only: set `num_heads` to the widest that the step has trained.
+
+    To an ordinary AdamW the weights outside the subnetwork have gradients of zero, and so decay and momentum move them
+    at each step (as in the original). Here they, their moments and their count of updates stay as they are.
+
+    Args:
+        model: The model to train.
+        lr, betas, eps, weight_decay: As for `torch.optim.AdamW`; see `parameter_groups` for what decays.
+    """
+
+    def __init__(
+        self,
+        model: HydraViTPreTrainedModel,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ):
+        super().__init__(parameter_groups(model, weight_decay), {"lr": lr, "betas": betas, "eps": eps})
+        self.num_heads = self.max_heads = model.config.num_attention_heads
+        self._names = {weight: name for name, weight in model.named_parameters()}
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state, name = self.state[weight], self._names[weight]
+                is_stack = name.startswith("classifier.") and 0 in _width_dims(name, weight.ndim)
+                if not state:
+                    state["step"] = torch.zeros(len(weight) if is_stack else 1, self.max_heads)  # updates of each head
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
+                tensors = (weight, weight.grad, state["exp_avg"], state["exp_avg_sq"])
+                if is_stack:  # of separate classifiers, of which those of other widths have no gradient
+                    for index in weight.grad.flatten(1).any(1).nonzero().flatten().tolist():
+                        self._update(*(tensor[index] for tensor in tensors), state["step"][index], name, group)
+                else:
+                    self._update(*tensors, state["step"][0], name, group)
+        return loss
+
+    def _update(self, weight, gradient, mean, square, updates, name: str, group: dict):
+        dims = _width_dims(name, weight.ndim)
+        sizes = [
+            size * self.num_heads // self.max_heads if dim in dims else size for dim, size in enumerate(weight.shape)
+        ]
+        weight, gradient, mean, square = (
+            tensor[tuple(map(slice, sizes))] for tensor in (weight, gradient, mean, square)
+        )
+        beta1, beta2 = group["betas"]
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        mean.lerp_(gradient, 1 - beta1)
+        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        updates = updates[: self.num_heads].add_(1)
+        # in double precision, as 1 - 0.999 has few digits in single
+        rest1, rest2 = ((1 - beta ** updates.double()).float().to(mean.device) for beta in (beta1, beta2))
+        mean, square = mean / self._spread(rest1, sizes, dims), square / self._spread(rest2, sizes, dims)
+        weight.addcdiv_(mean, square.sqrt_().add_(group["eps"]), value=-group["lr"])
+
+    def _spread(self, values: torch.Tensor, sizes: list[int], dims: tuple[int, ...]) -> torch.Tensor:
+        """A value for each head as one for each entry of a block: the least of the heads of its row and its column, as
+        it has been updated as often as the wider one."""
+        spread = values[0]  # that of the first head, the most
+        for dim in dims:
+            along = values.repeat_interleave(sizes[dim] // self.num_heads)
+            spread = torch.minimum(spread, along.view(-1, *[1] * (len(sizes) - 1 - dim)))
+        return spread
