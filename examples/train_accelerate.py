@@ -1,48 +1,64 @@
 """Train one HydraViT for all its widths, with Accelerate, and report what each width is worth.
 
     python examples/train_accelerate.py                                   # handwritten digits, two minutes on a CPU
-    accelerate launch examples/train_accelerate.py --dataset_name ILSVRC/imagenet-1k --output_dir runs/imagenet
+    python examples/train_accelerate.py --subnetwork_sampling sandwich --distillation_weight 0.5
     python examples/train_accelerate.py --data_dir my_images --from_vit facebook/deit-tiny-patch16-224
+    accelerate launch --config_file examples/accelerate_multi_gpu.yaml examples/train_accelerate.py \\
+        --config examples/imagenet1k.yaml                                 # the recipe of the paper
 
-Each step draws one width, the same in all processes, and trains that subnetwork alone (paper, section 3). At the end
+Each step draws its widths, the same in all processes, and trains those subnetworks alone (paper, section 3). At the end
 the averaged weights are saved as one checkpoint, which is loaded anew at every width for the table.
 """
 
-import argparse
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+import yaml
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
 from accelerate.utils import set_seed
+from datasets.distributed import split_dataset_by_node
 from huggingface_hub import HfApi
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, default_data_collator, get_cosine_schedule_with_warmup
+from transformers import (
+    AutoImageProcessor,
+    HfArgumentParser,
+    default_data_collator,
+    get_cosine_with_min_lr_schedule_with_warmup,
+)
 from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file, logging
 
 from hydravit_hf import HydraViTConfig, HydraViTForImageClassification
-from hydravit_hf.data import load_images, to_pixel_values
+from hydravit_hf.augmentation import StreamedTrainingImages, TrainingAugmentation, TrainingImages
+from hydravit_hf.data import check_labels, load_images, to_pixel_values
 from hydravit_hf.evaluation import evaluate_subnetworks
 from hydravit_hf.image_processing import make_image_processor
+from hydravit_hf.optimization import PrefixAdamW, parameter_groups
 from hydravit_hf.profiling import count_macs, count_parameters
 from hydravit_hf.reporting import format_table, plot_accuracy
 from hydravit_hf.training import (
+    AveragedWeights,
+    SubnetworkArguments,
+    check_loss,
     checkpoint_step,
+    classification_loss,
     list_checkpoints,
+    mix_images,
     open_run,
-    parameter_groups,
-    sample_num_heads,
     save_checkpoint,
 )
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = HfArgumentParser(SubnetworkArguments, description=__doc__.split("\n")[0])
+    parser.add_argument("--config", help="a YAML file of arguments; those of the command line come before it")
     data = parser.add_argument_group("data (default: the handwritten digits of scikit-learn)")
     data.add_argument("--dataset_name", help="a dataset id of the Hub")
     data.add_argument("--data_dir", help="a local folder of images, or of parquet files")
+    data.add_argument("--streaming", action="store_true", help="read the images while training; no copy is made")
+    data.add_argument("--steps_per_epoch", type=int, help="of a stream, where its length is unknown")
     data.add_argument("--num_workers", type=int, default=0, help="processes that load images")
     model = parser.add_argument_group("model (default: a new one)")
     model.add_argument("--model_name_or_path", help="start from this HydraViT")
@@ -58,6 +74,14 @@ def parse_args():
         "--subnetwork_weights", type=float, nargs="+", help="their odds; default: uniform, or 3 1 1 ... for the digits"
     )
     model.add_argument("--separate_classifiers", action="store_true", help="one classifier for each width")
+    augmentation = parser.add_argument_group("augmentation (beside mixup and CutMix; default: none)")
+    augmentation.add_argument("--augment", action="store_true", help="train on random crops, as below")
+    augmentation.add_argument("--crop_scale", type=float, nargs=2, default=[0.08, 1.0])
+    augmentation.add_argument("--flip", type=float, default=0.5)
+    augmentation.add_argument("--rand_augment_magnitude", type=float, default=9)
+    augmentation.add_argument("--color_jitter", type=float, default=0.0)
+    augmentation.add_argument("--random_erasing", type=float, default=0.25)
+    augmentation.add_argument("--crop_fraction", type=float, default=1.0, help="centre crop in evaluation")
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--num_train_epochs", type=int, default=25)
     recipe.add_argument("--max_train_steps", type=int, help="optimizer steps, instead of epochs")
@@ -65,11 +89,11 @@ def parse_args():
     recipe.add_argument("--per_device_eval_batch_size", type=int, default=128)
     recipe.add_argument("--gradient_accumulation_steps", type=int, default=1)
     recipe.add_argument("--learning_rate", type=float, default=5e-4)
+    recipe.add_argument("--min_learning_rate", type=float, default=0.0, help="at the end of the cosine")
     recipe.add_argument("--weight_decay", type=float, default=0.05)
     recipe.add_argument("--warmup_ratio", type=float, default=0.1, help="share of the steps that warm up")
     recipe.add_argument("--label_smoothing", type=float, default=0.1)
-    recipe.add_argument("--max_grad_norm", type=float, default=1.0)
-    recipe.add_argument("--ema_decay", type=float, default=0.99, help="of the averaged weights; 0: no averaging")
+    recipe.add_argument("--max_grad_norm", type=float, default=1.0, help="0: no clipping")
     recipe.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
     recipe.add_argument("--seed", type=int, default=0)
     run = parser.add_argument_group("run")
@@ -85,17 +109,30 @@ def parse_args():
     run.add_argument("--report_to", default="all", help="tensorboard, wandb, ...; all: those that are installed")
     run.add_argument("--push_to_hub", action="store_true")
     run.add_argument("--hub_model_id", help="default: the name of the output folder")
+    parser.set_defaults(ema_decay=0.99)
+    given = parser.parse_known_args()[0]
+    if given.config is not None:
+        values = yaml.safe_load(Path(given.config).read_text(encoding="utf-8"))
+        if given.data_dir is not None:
+            values.pop("dataset_name", None)
+        unknown = sorted(values.keys() - vars(parser.parse_args([])).keys())
+        if unknown:
+            parser.error(f"{given.config} has unknown arguments: {', '.join(unknown)}")
+        parser.set_defaults(**values)
     args = parser.parse_args()
+    args.output_dir = Path(args.output_dir)
     if args.model_name_or_path and args.from_vit:
         parser.error("give --model_name_or_path or --from_vit, not both")
     if args.checkpointing_steps not in (None, "epoch") and not str(args.checkpointing_steps).isdigit():
         parser.error("--checkpointing_steps must be a number or 'epoch'")
-    return args
+    if args.streaming and args.dataset_name is None and args.data_dir is None:
+        parser.error("--streaming needs --dataset_name or --data_dir")
+    return args, SubnetworkArguments(**{name: getattr(args, name) for name in SubnetworkArguments.__dataclass_fields__})
 
 
 # What may differ between a run and its resumption
 FREE = {"output_dir", "overwrite_output_dir", "num_workers", "evaluation_epochs", "checkpointing_steps", "report_to"}
-FREE |= {"checkpoints_total_limit", "resume_from_checkpoint", "with_tracking", "push_to_hub", "hub_model_id"}
+FREE |= {"checkpoints_total_limit", "resume_from_checkpoint", "with_tracking", "push_to_hub", "hub_model_id", "config"}
 DIGITS = {"image_size": 8, "patch_size": 4, "num_hidden_layers": 3}  # a small model for small images
 
 
@@ -125,11 +162,55 @@ def make_model(args, labels: list[str]):
         return model, AutoImageProcessor.from_pretrained(source)
     if on_digits:
         return model, make_image_processor(model.config, image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
-    return model, make_image_processor(model.config)
+    return model, make_image_processor(model.config, crop_fraction=args.crop_fraction)
+
+
+def make_datasets(args, data, processor, accelerator):
+    """What to train and to test on: items of `pixel_values` and `labels`, of this process where they are streamed."""
+    transform = to_pixel_values(processor)
+    if not args.augment and not args.streaming:
+        return data["train"].with_transform(transform), data["test"].with_transform(transform)
+    augmentation = TrainingAugmentation(
+        processor,
+        crop_scale=tuple(args.crop_scale),
+        flip=args.flip,
+        rand_augment_magnitude=args.rand_augment_magnitude,
+        color_jitter=args.color_jitter,
+        random_erasing=args.random_erasing,
+    )
+    if not args.streaming:
+        return TrainingImages(data["train"], augmentation, args.seed), data["test"].with_transform(transform)
+    train = data["train"].shuffle(args.seed, buffer_size=10_000)
+    train = split_dataset_by_node(train, accelerator.process_index, accelerator.num_processes)
+    return StreamedTrainingImages(train, augmentation, args.seed), data["test"].map(transform, batched=True)
+
+
+def backward(model, batch, step: int, seed: list[int], args, widths: SubnetworkArguments, accelerator):
+    """The gradients of a batch at each width of the step, one after the other; gives the widths and the mean loss."""
+    config = accelerator.unwrap_model(model).config
+    pixel_values, targets = (batch[name].to(accelerator.device) for name in ("pixel_values", "labels"))
+    if widths.mixup_alpha or widths.cutmix_alpha:
+        pixel_values, targets = mix_images(
+            pixel_values, targets, config.num_labels, seed, widths.mixup_alpha, widths.cutmix_alpha
+        )
+    heads = widths.sample(config, args.seed, step, accelerator.process_index)
+    teacher_logits, total = None, 0.0
+    for num_heads in heads:
+        with nullcontext() if num_heads == heads[-1] else accelerator.no_sync(model):
+            logits = model(pixel_values, num_heads_active=num_heads).logits
+            loss = classification_loss(
+                logits, targets, teacher_logits, widths.distillation_weight, args.label_smoothing
+            )
+            check_loss(loss, num_heads, step)
+            accelerator.backward(loss / len(heads))
+        if widths.distillation_weight and teacher_logits is None:
+            teacher_logits = logits.detach()
+        total += loss.detach() / len(heads)
+    return heads, total
 
 
 def main():
-    args = parse_args()
+    args, widths = parse_args()
     # 1. The run: its folder, its processes, its seed
     settings = {name: str(value) for name, value in vars(args).items() if name not in FREE and value is not None}
     accelerator = Accelerator(
@@ -139,6 +220,8 @@ def main():
         log_with=args.report_to if args.with_tracking else None,
         project_dir=args.output_dir,
     )
+    if accelerator.distributed_type == "FSDP" and (widths.ema_decay or widths.freeze_unused_weights):
+        raise ValueError("--ema_decay and --freeze_unused_weights need whole weights: not with FSDP.")
     if accelerator.is_main_process:
         if args.push_to_hub:  # first, as it fails without a token
             repo_id = HfApi().create_repo(args.hub_model_id or args.output_dir.name, exist_ok=True).repo_id
@@ -151,13 +234,15 @@ def main():
 
     # 2. Data and model
     with accelerator.main_process_first():
-        data = load_images(args.dataset_name, args.data_dir)
+        data = load_images(args.dataset_name, args.data_dir, streaming=args.streaming)
     model, processor = make_model(args, data["train"].features["label"].names)
-    data = data.with_transform(to_pixel_values(processor))
+    if not args.streaming:
+        check_labels(data["train"], model.config.num_labels)
+    train_images, test_images = make_datasets(args, data, processor, accelerator)
     train_loader = DataLoader(
-        data["train"],
+        train_images,
         batch_size=args.per_device_train_batch_size,
-        shuffle=True,
+        shuffle=None if args.streaming else True,
         drop_last=True,
         collate_fn=default_data_collator,
         num_workers=args.num_workers,
@@ -168,18 +253,25 @@ def main():
     evaluation |= {"accelerator": accelerator, "disable_tqdm": True}
 
     # 3. Optimizer, schedule, averaged weights
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.learning_rate, fused=True)
-    model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
-    steps_per_epoch = len(train_loader) // args.gradient_accumulation_steps
+    if widths.freeze_unused_weights:
+        optimizer = PrefixAdamW(model, lr=args.learning_rate, weight_decay=args.weight_decay)
+    else:
+        optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.learning_rate, fused=True)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if not args.streaming:
+        train_loader = accelerator.prepare(train_loader)
+    steps_per_epoch = args.steps_per_epoch or len(train_loader) // args.gradient_accumulation_steps
     if steps_per_epoch == 0:
-        raise ValueError(f"{len(data['train'])} training images are fewer than one step takes.")
+        raise ValueError(f"{len(train_images)} training images are fewer than one step takes.")
     by_epoch = args.checkpointing_steps == "epoch"
     checkpointing_steps = steps_per_epoch if by_epoch else int(args.checkpointing_steps or 0)
     max_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    scheduler = get_cosine_schedule_with_warmup(optimizer.optimizer, round(args.warmup_ratio * max_steps), max_steps)
+    scheduler = get_cosine_with_min_lr_schedule_with_warmup(
+        optimizer.optimizer, round(args.warmup_ratio * max_steps), max_steps, min_lr=args.min_learning_rate
+    )
     plain_model = accelerator.unwrap_model(model)
-    average = AveragedModel(plain_model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
-    accelerator.register_for_checkpointing(scheduler, average)
+    average = AveragedWeights(plain_model, widths.ema_decay) if widths.ema_decay else None
+    accelerator.register_for_checkpointing(scheduler, *filter(None, [average]))
     step = 0
     if args.resume_from_checkpoint:
         checkpoint = Path(args.resume_from_checkpoint)
@@ -190,67 +282,75 @@ def main():
             step = checkpoint_step(checkpoint)
             accelerator.print(f"Resumed from {checkpoint}")
 
-    # 4. Train one width a step
+    # 4. Train the widths of each step
     accelerator.print(
         f"Training widths {heads} of {plain_model.num_parameters() / 1e6:.1f} M parameters for {max_steps} steps, on "
-        f"{len(data['train'])} images, {accelerator.device.type}, {accelerator.num_processes} processes"
+        f"{accelerator.device.type}, {accelerator.num_processes} processes"
     )
     progress = tqdm(total=max_steps, initial=step, desc="Training", disable=not accelerator.is_local_main_process)
     while step < max_steps:
         epoch, skipped = divmod(step, steps_per_epoch)
-        train_loader.set_epoch(epoch)
+        if not args.streaming:
+            train_loader.set_epoch(epoch)
+        if args.augment or args.streaming:
+            train_images.set_epoch(epoch)
         model.train()
-        for index, batch in enumerate(skip_first_batches(train_loader, skipped * args.gradient_accumulation_steps)):
-            if index >= (steps_per_epoch - skipped) * args.gradient_accumulation_steps or step == max_steps:
+        first = skipped * args.gradient_accumulation_steps
+        for index, batch in enumerate(skip_first_batches(train_loader, first), start=first):
+            if index == steps_per_epoch * args.gradient_accumulation_steps or step == max_steps:
                 break
             with accelerator.accumulate(model):
-                num_heads = sample_num_heads(plain_model.config, args.seed, step)
-                logits = model(batch["pixel_values"], num_heads_active=num_heads).logits
-                loss = torch.nn.functional.cross_entropy(
-                    logits.float(), batch["labels"], label_smoothing=args.label_smoothing
-                )
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
+                seed = [args.seed, epoch, index, accelerator.process_index]
+                trained, loss = backward(model, batch, step, seed, args, widths, accelerator)
+                if widths.freeze_unused_weights:
+                    optimizer.optimizer.num_heads = widths.widest(
+                        plain_model.config, args.seed, step, accelerator.num_processes
+                    )
+                if accelerator.sync_gradients and args.max_grad_norm:
                     accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
             if not accelerator.sync_gradients:
                 continue
             scheduler.step()
-            average.update_parameters(plain_model)
+            if average is not None:
+                average.update()
             step += 1
             progress.update()
             if step % 10 == 0:
-                figures = {"loss": loss.item(), "num_heads": num_heads, "learning_rate": scheduler.get_last_lr()[0]}
-                progress.set_postfix(loss=f"{figures['loss']:.3f}", heads=num_heads)
-                accelerator.log(figures, step=step)
+                loss = accelerator.reduce(loss, "mean").item()
+                progress.set_postfix(loss=f"{loss:.3f}", heads=trained)
+                accelerator.log({"loss": loss, "learning_rate": scheduler.get_last_lr()[0]}, step=step)
             if checkpointing_steps and step % checkpointing_steps == 0:
                 save_checkpoint(accelerator, args.output_dir, step, keep=args.checkpoints_total_limit)
         if args.evaluation_epochs and (epoch + 1) % args.evaluation_epochs == 0 and step < max_steps:
-            rows = evaluate_subnetworks(average.module, data["test"], heads, **evaluation)
+            with nullcontext() if average is None else average.in_place():
+                rows = evaluate_subnetworks(plain_model, test_images, heads, **evaluation)
             accelerator.log({f"{row['num_heads']}_heads_accuracy": row["accuracy"] for row in rows}, step=step)
             accelerator.print("\n" + format_table(rows))
     progress.close()
 
     # 5. Save one checkpoint, load it anew at every width, report
+    if average is not None:
+        average.swap()
+    state_dict = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
-        average.module.save_pretrained(args.output_dir)
+        plain_model.save_pretrained(args.output_dir, state_dict=state_dict)
         processor.save_pretrained(args.output_dir)
     accelerator.wait_for_everyone()
     rows = []
     for num_heads in tqdm(heads, desc="Evaluating widths", disable=not accelerator.is_local_main_process):
         subnetwork = HydraViTForImageClassification.from_pretrained(args.output_dir, num_attention_heads=num_heads)
         subnetwork.to(accelerator.device)
-        (row,) = evaluate_subnetworks(subnetwork, data["test"], [num_heads], **evaluation)
+        (row,) = evaluate_subnetworks(subnetwork, test_images, [num_heads], **evaluation)
         cost = {"parameters": count_parameters(subnetwork.config, num_heads)}
         rows.append({**row, **cost, "macs": count_macs(subnetwork.config, num_heads)})
     accelerator.log({f"{row['num_heads']}_heads_accuracy": row["accuracy"] for row in rows}, step=step)
     if accelerator.is_main_process:
         (args.output_dir / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
-        images = len(data["test"])
-        plot_accuracy(rows, args.output_dir / "accuracy_over_macs.png", f"Accuracy on {images} held-out images")
+        plot_accuracy(rows, args.output_dir / "accuracy_over_macs.png", "Accuracy on held-out images")
         mean = sum(row["accuracy"] for row in rows) / len(rows)
-        print(f"\n{format_table(rows)}\n\nMean accuracy over the widths: {mean:.2%}, on {images} held-out images")
+        print(f"\n{format_table(rows)}\n\nMean accuracy over the widths: {mean:.2%}, on held-out images")
         print(f"Saved the checkpoint, results.json and accuracy_over_macs.png to {args.output_dir}")
         if args.push_to_hub:
             ignored = ["checkpoint-*", "_*", "run.json"]

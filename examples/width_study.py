@@ -1,0 +1,285 @@
+"""Is one HydraViT as good as a model for each width? A study on two small data sets, three seeds, on a CPU.
+
+    pip install -c constraints.txt -e ".[train,study]" && python examples/width_study.py   # about two hours on 2 cores
+    python examples/width_study.py --report                            # the table and the plot of what was measured
+
+Ten models, one for each width of 3 to 12 heads, are trained for the same number of epochs. One HydraViT is trained by
+each strategy, twice: for as many epochs as one of those models, and with a quarter of the compute that all ten took
+(multiply-accumulates; backward counts twice). So are the two baselines of the paper: MatFormer, whose MLP alone nests,
+and SortedNet, one nested width drawn from the full range. All share the recipe below. What was measured is added to
+`docs/width_study.json` run by run, and runs that are there are not repeated.
+"""
+
+import argparse
+import json
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import TensorDataset
+from tqdm.auto import tqdm
+
+from hydravit_hf import HydraViTConfig, HydraViTForImageClassification
+from hydravit_hf.data import load_digits, load_mnist
+from hydravit_hf.evaluation import score
+from hydravit_hf.modeling_hydravit import HydraViTMLP
+from hydravit_hf.optimization import PrefixAdamW, parameter_groups
+from hydravit_hf.profiling import count_macs
+from hydravit_hf.training import AveragedWeights, classification_loss, sample_subnetworks
+
+HEADS = list(range(3, 13))
+SHARE = 0.25  # of the compute of ten models, at equal compute
+DATA = {  # how to load it, image size, patch size, epochs
+    "digits": (load_digits, 8, 2, 20),
+    "mnist": (load_mnist, 28, 7, 7),
+}
+STRATEGIES = {
+    "uniform": {"sampling": "uniform"},
+    "uniform, unused weights frozen": {"sampling": "uniform", "freeze": True},
+    "weighted, 3 heads three times": {"weights": [3.0] + [1.0] * 9},
+    "sandwich": {"sampling": "sandwich"},
+    "sandwich, distilled": {"sampling": "sandwich", "distillation": 0.5},
+    "open sandwich, distilled": {"sampling": "open_sandwich", "draws": 2, "distillation": 0.5},
+    "MatFormer": {"sampling": "uniform", "matformer": True},
+    "SortedNet": {"sampling": "uniform", "heads": list(range(1, 13))},
+}
+STYLES = {  # what is plotted
+    ("a model for each width", "epochs"): {"color": "0.35", "marker": "s", "linestyle": "--"},
+    ("open sandwich, distilled", "compute"): {"color": "#4338ca", "marker": "o"},
+    ("uniform", "compute"): {"color": "#0891b2", "marker": "o"},
+    ("SortedNet", "compute"): {"color": "#d97706", "marker": "^"},
+    ("MatFormer", "compute"): {"color": "#be185d", "marker": "v"},
+}
+SIZES = {"head_dim": 8, "num_hidden_layers": 3, "num_channels": 1, "num_labels": 10}
+BATCH, LEARNING_RATE, WARMUP, WEIGHT_DECAY, LABEL_SMOOTHING, EMA_DECAY, MAX_GRAD_NORM = (
+    64,
+    1e-3,
+    0.1,
+    0.05,
+    0.1,
+    0.99,
+    1,
+)
+
+
+class MatFormerMLP(HydraViTMLP):
+    """An MLP (https://arxiv.org/abs/2310.07707) of which the leading part of the hidden channels is used."""
+
+    part = 1.0
+
+    def forward(self, hidden_states):
+        channels = round(self.part * self.fc1.out_features)
+        inner = torch.nn.functional.linear(hidden_states, self.fc1.weight[:channels], self.fc1.bias[:channels])
+        return torch.nn.functional.linear(self.activation_fn(inner), self.fc2.weight[:, :channels], self.fc2.bias)
+
+
+class MatFormer(HydraViTForImageClassification):
+    """A ViT whose MLP alone nests: "k heads" run all of the attention and k twelfths of the MLP."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.hydravit.layers:
+            layer.mlp = MatFormerMLP(config)
+        self.init_weights()
+
+    def forward(self, pixel_values, num_heads_active):
+        full = self.config.num_attention_heads
+        for layer in self.hydravit.layers:
+            layer.mlp.part = num_heads_active / full
+        return super().forward(pixel_values, num_heads_active=full)
+
+
+def count(model, num_heads: int) -> int:
+    """Multiply-accumulates of an image."""
+    config = model.config
+    if not isinstance(model, MatFormer):
+        return count_macs(config, num_heads)
+    full = config.num_attention_heads
+    tokens = 1 + config.patch_grid[0] * config.patch_grid[1]
+    unused = (1 - num_heads / full) * 2 * config.mlp_ratio * config.hidden_size**2
+    return count_macs(config, full) - round(config.num_hidden_layers * tokens * unused)
+
+
+def load(name: str) -> tuple[TensorDataset, TensorDataset]:
+    splits = DATA[name][0]()
+    tensors = []
+    for split in ("train", "test"):
+        images = np.stack([np.asarray(image.convert("L")) for image in splits[split]["image"]])
+        pixels = torch.from_numpy(images)[:, None] / 127.5 - 1
+        tensors.append(TensorDataset(pixels, torch.tensor(splits[split]["label"])))
+    return tuple(tensors)
+
+
+def train(
+    data: str,
+    seed: int,
+    heads: list[int],
+    share: float | None = None,
+    sampling: str = "weighted",
+    draws: int = 1,
+    weights: list[float] | None = None,
+    distillation: float = 0.0,
+    freeze: bool = False,
+    matformer: bool = False,
+) -> dict:
+    """Train one model for the epochs of its data set, or for a `share` of the compute of ten models.
+
+    Returns:
+        "accuracy" on the held-out images at each of `heads`, "steps", and "macs", of the whole training.
+    """
+    torch.set_num_threads(1)
+    (images, labels), (test_images, test_labels) = (split.tensors for split in load(data))
+    _, image_size, patch_size, epochs = DATA[data]
+    per_epoch = len(images) // BATCH
+    # 1. The model
+    sizes = SIZES | {"num_attention_heads": heads[-1], "image_size": image_size, "patch_size": patch_size}
+    torch.manual_seed(seed)
+    config = HydraViTConfig(**sizes, subnetwork_heads=heads, subnetwork_weights=weights)
+    model = (MatFormer if matformer else HydraViTForImageClassification)(config).train()
+    # 2. The widths of its steps, which are known in advance, and so their cost: backward is twice forward
+    steps = [sample_subnetworks(config, seed, number, sampling, draws) for number in range(10 * epochs * per_epoch)]
+    costs = np.cumsum([3 * BATCH * sum(count(model, num_heads) for num_heads in widths) for widths in steps])
+    length = epochs * per_epoch
+    if share is not None:
+        ten = 3 * BATCH * sum(count_macs(config, num_heads) for num_heads in HEADS)
+        length = int(np.searchsorted(costs, share * length * ten))
+    # 3. What moves it
+    if freeze:
+        optimizer = PrefixAdamW(model, LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    else:
+        optimizer = torch.optim.AdamW(parameter_groups(model, WEIGHT_DECAY), lr=LEARNING_RATE, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, LEARNING_RATE, total_steps=length + 1, pct_start=WARMUP, cycle_momentum=False, div_factor=1e3
+    )
+    average = AveragedWeights(model, EMA_DECAY)
+    # 4. The steps: the same batches for all strategies
+    for number, widths in enumerate(steps[:length]):
+        epoch, position = divmod(number, per_epoch)
+        if position == 0:
+            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1_000 * seed + epoch))
+        batch = order[position * BATCH : (position + 1) * BATCH]
+        teacher = None
+        for num_heads in widths:
+            logits = model(images[batch], num_heads_active=num_heads).logits
+            loss = classification_loss(logits, labels[batch], teacher, distillation, LABEL_SMOOTHING)
+            (loss / len(widths)).backward()
+            if distillation and teacher is None:
+                teacher = logits.detach()
+        if freeze:
+            optimizer.num_heads = widths[0]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        average.update()
+    # 5. What it is worth
+    average.swap()
+    model.eval()
+    accuracies = []
+    with torch.no_grad():
+        for num_heads in HEADS if len(heads) > 1 else heads:
+            scores = score(model(test_images, num_heads_active=num_heads).logits, test_labels)
+            accuracies.append(scores[:, 0].mean().item())
+    return {"accuracy": accuracies, "steps": length, "macs": int(costs[length - 1])}
+
+
+def make_jobs(seeds: int) -> dict[str, dict]:
+    """The runs of the study by name, with the arguments of `train`."""
+    jobs = {}
+    for data, seed in product(DATA, range(seeds)):
+        run = {"data": data, "seed": seed}
+        for num_heads in HEADS:
+            jobs[f"{data}/alone, {num_heads}/epochs/{seed}"] = run | {"heads": [num_heads]}
+        for name, strategy in STRATEGIES.items():
+            jobs[f"{data}/{name}/epochs/{seed}"] = run | {"heads": HEADS} | strategy
+            jobs[f"{data}/{name}/compute/{seed}"] = run | {"heads": HEADS, "share": SHARE} | strategy
+    return jobs
+
+
+def measure(seeds: int, num_processes: int, file: Path) -> dict[str, dict]:
+    """Run the jobs that `file` doesn't hold yet, and add what they find to it."""
+    results = json.loads(file.read_text()) if file.exists() else {}
+    jobs = {name: job for name, job in make_jobs(seeds).items() if name not in results}
+    with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(train, **job): name for name, job in jobs.items()}
+        for future in tqdm(as_completed(futures), total=len(jobs), desc="Training models"):
+            results[futures[future]] = future.result()
+            file.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    return results
+
+
+def summarise(results: dict[str, dict], data: str) -> list[dict]:
+    """A row for each method and budget: accuracies of each seed, in percent, (seeds, widths), and the cost."""
+    seeds = sorted({int(name.rsplit("/", 1)[1]) for name in results if name.startswith(f"{data}/")})
+    runs = [[results[f"{data}/alone, {k}/epochs/{seed}"] for k in HEADS] for seed in seeds]
+    accuracy = 100 * np.array([[run["accuracy"][0] for run in of_seed] for of_seed in runs])
+    alone = {"method": "a model for each width", "budget": "epochs", "accuracy": accuracy}
+    alone |= {"steps": sum(run["steps"] for run in runs[0]), "macs": sum(run["macs"] for run in runs[0])}
+    rows = [alone]
+    for budget, method in product(("epochs", "compute"), STRATEGIES):
+        runs = [results[f"{data}/{method}/{budget}/{seed}"] for seed in seeds]
+        accuracy = 100 * np.array([run["accuracy"] for run in runs])
+        rows.append(
+            {"method": method, "budget": budget, "accuracy": accuracy} | {k: runs[0][k] for k in ("steps", "macs")}
+        )
+    for row in rows:
+        row["share"] = row["macs"] / alone["macs"]
+        row["worst"] = (row["accuracy"].mean(0) - alone["accuracy"].mean(0)).min()
+    return rows
+
+
+def format_rows(rows: list[dict]) -> str:
+    """The rows as a Markdown table: means over the seeds, and of the last mean also the standard deviation."""
+    lines = ["| method | compute | steps | 3 | 6 | 9 | 12 heads | mean of 3 to 12 | least gain over its own model |"]
+    lines.append("| --- |" + " ---: |" * 8)
+    for row in rows:
+        accuracy, means = row["accuracy"].mean(0), row["accuracy"].mean(1)
+        cells = [row["method"], f"{row['share']:.0%}", f"{row['steps']:,}"]
+        cells += [f"{accuracy[HEADS.index(num_heads)]:.2f}" for num_heads in (3, 6, 9, 12)]
+        cells += [f"{means.mean():.2f} ± {means.std(ddof=1):.2f}", "" if row is rows[0] else f"{row['worst']:+.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(rows_of_data: dict[str, list[dict]], path: Path):
+    """Accuracy over heads at a quarter of the compute, beside the models of their own."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
+    for axes, (data, rows) in zip(figure.subplots(1, len(rows_of_data)), rows_of_data.items(), strict=True):
+        for row in rows:
+            style = STYLES.get((row["method"], row["budget"]))
+            if style is None:
+                continue
+            mean, spread = row["accuracy"].mean(0), row["accuracy"].std(0, ddof=1)
+            label = f"{row['method']}, {row['share']:.0%} of the compute"
+            axes.plot(HEADS, mean, label=label, **style)
+            axes.fill_between(HEADS, mean - spread, mean + spread, color=style["color"], alpha=0.12, linewidth=0)
+        axes.set(xlabel="heads", ylabel="accuracy, %", title=f"{data}: mean and deviation of the seeds", xticks=HEADS)
+        axes.grid(color="0.92")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8, loc="lower right")
+    figure.savefig(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--num_processes", type=int, default=2)
+    parser.add_argument("--output_dir", type=Path, default=Path("docs"))
+    parser.add_argument("--report", action="store_true", help="train nothing, report what was measured")
+    args = parser.parse_args()
+    file = args.output_dir / "width_study.json"
+    results = json.loads(file.read_text()) if args.report else measure(args.seeds, args.num_processes, file)
+    rows = {data: summarise(results, data) for data in DATA}
+    for data in DATA:
+        print(f"\n{data}\n\n{format_rows(rows[data])}")
+    plot(rows, args.output_dir / "width_study.png")
+
+
+if __name__ == "__main__":
+    main()
