@@ -48,6 +48,7 @@ def parse_args() -> tuple[Arguments, TrainingArguments]:
         logging_strategy="epoch",
         report_to="none",
         dataloader_pin_memory=torch.accelerator.is_available(),
+        ddp_find_unused_parameters=False,  # there are none: what lies outside a width has zeros as gradients
         remove_unused_columns=False,  # the transform makes the columns that the model wants
     )
     return parser.parse_args_into_dataclasses()

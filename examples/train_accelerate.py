@@ -12,6 +12,7 @@ the averaged weights are saved as one checkpoint, which is loaded anew at every 
 
 import json
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -165,24 +166,32 @@ def make_model(args, labels: list[str]):
     return model, make_image_processor(model.config, crop_fraction=args.crop_fraction)
 
 
+def plain_view(image, seed, transform):
+    """An image as it is evaluated, for training without augmentation."""
+    return transform({"image": [image], "label": [0]})["pixel_values"][0]
+
+
 def make_datasets(args, data, processor, accelerator):
     """What to train and to test on: items of `pixel_values` and `labels`, of this process where they are streamed."""
     transform = to_pixel_values(processor)
-    if not args.augment and not args.streaming:
-        return data["train"].with_transform(transform), data["test"].with_transform(transform)
-    augmentation = TrainingAugmentation(
-        processor,
-        crop_scale=tuple(args.crop_scale),
-        flip=args.flip,
-        rand_augment_magnitude=args.rand_augment_magnitude,
-        color_jitter=args.color_jitter,
-        random_erasing=args.random_erasing,
-    )
-    if not args.streaming:
-        return TrainingImages(data["train"], augmentation, args.seed), data["test"].with_transform(transform)
-    train = data["train"].shuffle(args.seed, buffer_size=10_000)
-    train = split_dataset_by_node(train, accelerator.process_index, accelerator.num_processes)
-    return StreamedTrainingImages(train, augmentation, args.seed), data["test"].map(transform, batched=True)
+    train, test = data["train"], data["test"]
+    view = partial(plain_view, transform=transform)
+    if args.augment:
+        view = TrainingAugmentation(
+            processor,
+            crop_scale=tuple(args.crop_scale),
+            flip=args.flip,
+            rand_augment_magnitude=args.rand_augment_magnitude,
+            color_jitter=args.color_jitter,
+            random_erasing=args.random_erasing,
+        )
+    if args.streaming:
+        train = train.shuffle(args.seed, buffer_size=10_000)
+        train = split_dataset_by_node(train, accelerator.process_index, accelerator.num_processes)
+        return StreamedTrainingImages(train, view, args.seed), test.map(
+            transform, batched=True, remove_columns=test.column_names
+        )
+    return TrainingImages(train, view, args.seed), test.with_transform(transform)
 
 
 def backward(model, batch, step: int, seed: list[int], args, widths: SubnetworkArguments, accelerator):
@@ -292,8 +301,7 @@ def main():
         epoch, skipped = divmod(step, steps_per_epoch)
         if not args.streaming:
             train_loader.set_epoch(epoch)
-        if args.augment or args.streaming:
-            train_images.set_epoch(epoch)
+        train_images.set_epoch(epoch)
         model.train()
         first = skipped * args.gradient_accumulation_steps
         for index, batch in enumerate(skip_first_batches(train_loader, first), start=first):
@@ -323,6 +331,8 @@ def main():
                 accelerator.log({"loss": loss, "learning_rate": scheduler.get_last_lr()[0]}, step=step)
             if checkpointing_steps and step % checkpointing_steps == 0:
                 save_checkpoint(accelerator, args.output_dir, step, keep=args.checkpoints_total_limit)
+        if step < max_steps and step % steps_per_epoch:
+            raise ValueError(f"The stream ended after {step % steps_per_epoch} of {steps_per_epoch} steps of an epoch.")
         if args.evaluation_epochs and (epoch + 1) % args.evaluation_epochs == 0 and step < max_steps:
             with nullcontext() if average is None else average.in_place():
                 rows = evaluate_subnetworks(plain_model, test_images, heads, **evaluation)

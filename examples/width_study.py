@@ -32,9 +32,9 @@ from hydravit_hf.training import AveragedWeights, classification_loss, sample_su
 
 HEADS = list(range(3, 13))
 SHARE = 0.25  # of the compute of ten models, at equal compute
-DATA = {  # how to load it, image size, patch size, epochs
-    "digits": (load_digits, 8, 2, 20),
-    "mnist": (load_mnist, 28, 7, 7),
+DATA = {  # how to load it, image size, patch size, epochs, learning rate
+    "digits": (load_digits, 8, 2, 30, 1e-3),
+    "mnist": (load_mnist, 28, 7, 16, 2e-3),
 }
 STRATEGIES = {
     "uniform": {"sampling": "uniform"},
@@ -54,15 +54,8 @@ STYLES = {  # what is plotted
     ("MatFormer", "compute"): {"color": "#be185d", "marker": "v"},
 }
 SIZES = {"head_dim": 8, "num_hidden_layers": 3, "num_channels": 1, "num_labels": 10}
-BATCH, LEARNING_RATE, WARMUP, WEIGHT_DECAY, LABEL_SMOOTHING, EMA_DECAY, MAX_GRAD_NORM = (
-    64,
-    1e-3,
-    0.1,
-    0.05,
-    0.1,
-    0.99,
-    1,
-)
+BATCH, WARMUP, WEIGHT_DECAY = 64, 0.1, 0.05
+LABEL_SMOOTHING, EMA_DECAY, MAX_GRAD_NORM = 0.1, 0.99, 1.0
 
 
 class MatFormerMLP(HydraViTMLP):
@@ -132,7 +125,7 @@ def train(
     """
     torch.set_num_threads(1)
     (images, labels), (test_images, test_labels) = (split.tensors for split in load(data))
-    _, image_size, patch_size, epochs = DATA[data]
+    _, image_size, patch_size, epochs, learning_rate = DATA[data]
     per_epoch = len(images) // BATCH
     # 1. The model
     sizes = SIZES | {"num_attention_heads": heads[-1], "image_size": image_size, "patch_size": patch_size}
@@ -148,11 +141,11 @@ def train(
         length = int(np.searchsorted(costs, share * length * ten))
     # 3. What moves it
     if freeze:
-        optimizer = PrefixAdamW(model, LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        optimizer = PrefixAdamW(model, learning_rate, weight_decay=WEIGHT_DECAY)
     else:
-        optimizer = torch.optim.AdamW(parameter_groups(model, WEIGHT_DECAY), lr=LEARNING_RATE, fused=True)
+        optimizer = torch.optim.AdamW(parameter_groups(model, WEIGHT_DECAY), lr=learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE, total_steps=length + 1, pct_start=WARMUP, cycle_momentum=False, div_factor=1e3
+        optimizer, learning_rate, total_steps=length + 1, pct_start=WARMUP, cycle_momentum=False, div_factor=1e3
     )
     average = AveragedWeights(model, EMA_DECAY)
     # 4. The steps: the same batches for all strategies
@@ -189,7 +182,7 @@ def train(
 def make_jobs(seeds: int) -> dict[str, dict]:
     """The runs of the study by name, with the arguments of `train`."""
     jobs = {}
-    for data, seed in product(DATA, range(seeds)):
+    for seed, data in product(range(seeds), DATA):
         run = {"data": data, "seed": seed}
         for num_heads in HEADS:
             jobs[f"{data}/alone, {num_heads}/epochs/{seed}"] = run | {"heads": [num_heads]}

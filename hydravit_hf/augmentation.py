@@ -50,10 +50,10 @@ class TrainingAugmentation:
     """A random view of an image, as `pixel_values`: a crop, a flip, RandAugment, colour jitter, an erased rectangle.
 
     RandAugment is timm's: Pillow's operations are drawn with replacement, each is skipped with odds of a half, and a
-    larger magnitude is always the stronger change (9 of 10: a turn by 27 degrees). Other than in timm, crops are resized
-    as the processor does it and lie anywhere, an erased rectangle may touch both sides, and posterizing keeps a bit at
-    least, as Pillow demands by now. timm leaves out colour jitter beside RandAugment, so the 0.3 in the original's
-    settings had no effect; hence none here.
+    larger magnitude is always the stronger change (9 of 10: a turn by 27 degrees). What differs from timm: crops are
+    resized as the processor does it, that of a long image may lie off its middle, an erased rectangle may touch both
+    sides, and posterizing keeps a bit at least, as Pillow demands. timm leaves out colour jitter beside RandAugment,
+    so the 0.3 in the original's settings had no effect; hence none here.
 
     Args:
         processor: The model's image processor: its output size (`crop_size`, if it crops), resampling, mean and

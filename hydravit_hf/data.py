@@ -1,5 +1,6 @@
 """Labelled images as a `datasets.DatasetDict` with a train and a test split, and their way into a model."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ def load_images(dataset_name: str | None = None, data_dir: str | Path | None = N
         dataset_name: A dataset id of the Hub, such as "ILSVRC/imagenet-1k".
         data_dir: Instead, a folder of images, `train/cat/1.png`, or of parquet files; see the guide "Create an image
             dataset" of `datasets` for what it may look like.
-        kwargs: Further arguments of `datasets.load_dataset`.
+        kwargs: Further arguments of `datasets.load_dataset`, such as `streaming=True`.
 
     Without either, the digits of `load_digits`. A data set without a validation or test split has a fifth held out.
 
@@ -67,8 +68,11 @@ def load_images(dataset_name: str | None = None, data_dir: str | Path | None = N
     splits = splits.select_columns([image, label])
     splits = splits.rename_columns({old: new for old, new in ((image, "image"), (label, "label")) if old != new})
     test = next((name for name in ("validation", "valid", "test") if name in splits), None)
-    splits = DatasetDict({"train": splits["train"]} | ({} if test is None else {"test": splits[test]}))
-    if not isinstance(splits["train"].features["label"], ClassLabel):
+    splits = type(splits)({"train": splits["train"]} | ({} if test is None else {"test": splits[test]}))
+    names_classes = isinstance(splits["train"].features["label"], ClassLabel)
+    if kwargs.get("streaming") and not ("test" in splits and names_classes):
+        raise ValueError("A stream must have a validation or test split, and labels of type ClassLabel.")
+    if not names_classes:
         splits = _number_classes(splits)
     return splits if "test" in splits else hold_out(splits["train"])
 
@@ -86,23 +90,26 @@ def to_pixel_values(processor, augment=None):
         augment: A function of a PIL image, RGB or gray, that gives another one, or None.
     """
 
-    def transform(batch: dict) -> dict:
-        images = [with_channels(image, len(processor.image_mean)) for image in batch["image"]]
-        if augment is not None:
-            images = [augment(image) for image in images]
-        pixel_values = processor(images, return_tensors="pt")["pixel_values"]
-        return {"pixel_values": list(pixel_values), "labels": torch.tensor(batch["label"])}
+    return partial(_to_pixel_values, processor=processor, augment=augment)
 
-    return transform
+
+def _to_pixel_values(batch: dict, processor, augment) -> dict:
+    images = [with_channels(image, len(processor.image_mean)) for image in batch["image"]]
+    if augment is not None:
+        images = [augment(image) for image in images]
+    pixel_values = processor(images, return_tensors="pt")["pixel_values"]
+    return {"pixel_values": list(pixel_values), "labels": torch.tensor(batch["label"])}
 
 
 def check_labels(dataset: Dataset, num_labels: int):
-    """Raise a `ValueError` where a data set is empty, or a label in its column `label` or `labels` is no class of a
+    """Raise a `ValueError` where a data set is empty, or a number in its column `label` or `labels` is no class of a
     model with `num_labels`."""
     if len(dataset) == 0:
         raise ValueError("There is nothing to train on: the dataset is empty.")
     for column in {"label", "labels"} & set(dataset.column_names):
         labels = np.unique(dataset.select_columns(column).with_format("numpy")[:][column])
+        if labels.dtype.kind not in "iu":
+            continue  # words, say, of which a transform makes numbers
         wrong = labels[(labels < 0) | (labels >= num_labels)]
         if len(wrong):
             raise ValueError(

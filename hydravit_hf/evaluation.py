@@ -52,8 +52,6 @@ def evaluate_subnetworks(
         ValueError: No data, or a width that the model doesn't hold.
     """
     heads = [model.config.check_num_heads(num_heads) for num_heads in heads or model.config.subnetwork_heads]
-    if len(dataset) == 0:
-        raise ValueError("There is nothing to evaluate on: the dataset is empty.")
     loader = dataset
     if not isinstance(dataset, DataLoader):
         loader = DataLoader(dataset, batch_size, collate_fn=default_data_collator, num_workers=num_workers)
@@ -73,5 +71,7 @@ def evaluate_subnetworks(
             images += len(scores)
     finally:
         model.train(was_training)
+    if images == 0:
+        raise ValueError("There is nothing to evaluate on: the dataset is empty.")
     means = {num_heads: (total / images).tolist() for num_heads, total in totals.items()}
     return [{"num_heads": num_heads, **dict(zip(SCORES, means[num_heads], strict=True))} for num_heads in heads]

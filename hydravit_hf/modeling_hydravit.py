@@ -137,6 +137,15 @@ class HydraViTPatchEmbeddings(nn.Module):
         return patches.flatten(2).transpose(1, 2)
 
 
+def interpolate_positions(positions: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
+    """Position embeddings (1, N, D) of one grid of patches for another one, by bicubic interpolation (as DeiT does)."""
+    if new_grid == grid:
+        return positions
+    patches = positions[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2)
+    patches = nn.functional.interpolate(patches, size=new_grid, mode="bicubic", align_corners=False)
+    return torch.cat((positions[:, :1], patches.flatten(2).transpose(1, 2)), dim=1)
+
+
 class HydraViTEmbeddings(nn.Module):
     """Class token, patch and position embeddings; here the width enters: (B, C, H, W) -> (B, N, D)."""
 
@@ -157,7 +166,9 @@ class HydraViTEmbeddings(nn.Module):
         cls_token = self.cls_token[..., :width].expand(len(patches), -1, -1)
         position_embeddings = self.position_embeddings[..., :width]
         if interpolate_pos_encoding:
-            position_embeddings = self._interpolate(position_embeddings, *pixel_values.shape[2:])
+            (height, width), (patch_height, patch_width) = pixel_values.shape[2:], self.patch_embeddings.patch_size
+            grid = (height // patch_height, width // patch_width)
+            position_embeddings = interpolate_positions(position_embeddings, self.patch_grid, grid)
         return self.dropout(torch.cat((cls_token, patches), dim=1) + position_embeddings)
 
     def _check_images(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool):
@@ -178,16 +189,6 @@ class HydraViTEmbeddings(nn.Module):
                 f"The size of `pixel_values`, {height} x {width} pixels, must be a multiple of the patch size, "
                 f"{patch_height} x {patch_width}."
             )
-
-    def _interpolate(self, position_embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Position embeddings for an image of `height` x `width` pixels, by bicubic interpolation (as DeiT does)."""
-        patch_height, patch_width = self.patch_embeddings.patch_size
-        grid = (height // patch_height, width // patch_width)
-        if grid == self.patch_grid:
-            return position_embeddings
-        patches = position_embeddings[:, 1:].unflatten(1, self.patch_grid).permute(0, 3, 1, 2)
-        patches = nn.functional.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
-        return torch.cat((position_embeddings[:, :1], patches.flatten(2).transpose(1, 2)), dim=1)
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -312,12 +313,13 @@ class HydraViTPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
-        """Load a checkpoint at the width that is asked for.
+        """Load a checkpoint at the width and the image size that are asked for.
 
-        As in transformers, with two keywords worth knowing: `num_heads_active=k` holds all heads and runs k of them by
-        default; `num_attention_heads=k` holds the leading k heads only and, from safetensors files, reads only the
+        As in transformers, with three keywords worth knowing: `num_heads_active=k` holds all heads and runs k of them
+        by default; `num_attention_heads=k` holds the leading k heads only and, from safetensors files, reads only the
         rows that they need. More heads than the checkpoint has: its weights fill the leading block and the rest is
-        initialised, with a warning.
+        initialised, with a warning. `image_size` (pixels, or (height, width)) interpolates the position embeddings,
+        once: the model is an ordinary one of that image size.
 
         Raises:
             ValueError: A width out of range, or weights of another architecture.
@@ -340,12 +342,14 @@ class HydraViTPreTrainedModel(PreTrainedModel):
             for path in paths:
                 stored |= _read_header(files.enter_context(open(path, "rb")))
             held = _num_heads(stored, config)
-            resize = held not in (config.num_attention_heads, None)
-            blocks = _leading_blocks(stored, config) if resize else None
+            saved = config if held is None else _saved_config(pretrained_model_name_or_path, config, hub_kwargs)
+            resize = held is not None and (held, saved.patch_grid) != (config.num_attention_heads, config.patch_grid)
+            blocks = _leading_blocks(stored, saved.resized(config.num_attention_heads)) if resize else None
         if not resize:
             return super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, config=config, **hub_kwargs, **kwargs
             )
+        blocks = _at_grid(blocks, saved.patch_grid, config.patch_grid)
         if held < config.num_attention_heads:
             blocks = _grow(cls(config, *model_args), blocks)
         loaded = super().from_pretrained(None, *model_args, config=config, state_dict=blocks, **kwargs)
@@ -419,7 +423,8 @@ class HydraViTPreTrainedModel(PreTrainedModel):
             vit_or_deit: A ViT or DeiT of transformers, with or without classifier, or its path or Hub id.
             num_attention_heads: Heads that the new model holds. Its leading block is filled from those given; more
                 heads are newly initialised, with a warning, and of more only the leading ones are taken.
-            config_kwargs: Further arguments of `HydraViTConfig`. Another `num_labels` gives a new classifier.
+            config_kwargs: Further arguments of `HydraViTConfig`. Another `num_labels` gives a new classifier, another
+                `image_size` interpolated position embeddings.
 
         A DeiT's distillation token, which a HydraViT lacks, is left behind, with a warning.
 
@@ -448,8 +453,11 @@ class HydraViTPreTrainedModel(PreTrainedModel):
             mlp_ratio=vit.config.intermediate_size // vit.config.hidden_size,
             **shared | config_kwargs,
         )
+        sizes = zip(as_pair(vit.config.image_size), as_pair(vit.config.patch_size), strict=True)
+        grid = tuple(side // patch for side, patch in sizes)
         model = cls(config)
-        model.load_state_dict(_grow(model, _leading_blocks(_vit_tensors(vit, config), config)))
+        blocks = _leading_blocks(_vit_tensors(vit, config), config)
+        model.load_state_dict(_grow(model, _at_grid(blocks, grid, config.patch_grid)))
         return model.to(vit.device, vit.dtype).train(vit.training)
 
 
@@ -635,6 +643,17 @@ def _leading_blocks(stored: dict, config: HydraViTConfig) -> dict[str, torch.Ten
     return blocks
 
 
+def _at_grid(blocks: dict, grid: tuple[int, int], new_grid: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """The parameters with their position embeddings, where they are of `grid`, interpolated to another one."""
+    tokens = 1 + math.prod(grid)
+    return {
+        name: interpolate_positions(block, grid, new_grid)
+        if name.endswith("embeddings.position_embeddings") and block.shape[1] == tokens
+        else block
+        for name, block in blocks.items()
+    }
+
+
 def _grow(model: HydraViTPreTrainedModel, blocks: dict) -> dict[str, torch.Tensor]:
     """The parameters of a newly initialised model, with the leading block of each one taken from `blocks`."""
     held, heads = _num_heads(blocks, model.config), model.config.num_attention_heads
@@ -651,11 +670,14 @@ def _grow(model: HydraViTPreTrainedModel, blocks: dict) -> dict[str, torch.Tenso
         if block is None:
             logger.warning(f"The checkpoint has no '{name}' that fits: it is newly initialized.")
             continue
-        fixed = set(range(block.ndim)) - set(_width_dims(name, block.ndim))
-        if parameter.ndim == block.ndim and all(parameter.shape[dim] == block.shape[dim] for dim in fixed):
+        width_dims = _width_dims(name, block.ndim)
+        if parameter.ndim == block.ndim and all(
+            old == new or (old < new and dim in width_dims)
+            for dim, (old, new) in enumerate(zip(block.shape, parameter.shape, strict=True))
+        ):
             parameter[tuple(slice(size) for size in block.shape)].copy_(block)
         else:
-            parameters[name] = block  # another number of labels or tokens: what loads this says so
+            parameters[name] = block  # other labels, other patches, fewer classifiers: what loads this says so
     return parameters
 
 
@@ -744,6 +766,12 @@ def _find_weights(checkpoint, variant: str | None, hub_kwargs: dict) -> list[str
         return []
     shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
     return [cached_file(checkpoint, shard, **hub_kwargs) for shard in shards]
+
+
+def _saved_config(checkpoint, config: PreTrainedConfig, hub_kwargs: dict) -> PreTrainedConfig:
+    """The configuration that lies beside a checkpoint, which is `config` without its overrides; `config` where none."""
+    values, _ = type(config).get_config_dict(checkpoint, **hub_kwargs)
+    return type(config).from_dict(values) if values else config
 
 
 def _read_header(file: BinaryIO) -> dict[str, _StoredTensor]:

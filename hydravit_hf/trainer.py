@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalPrediction, has_length
 from transformers.utils import is_datasets_available, logging
@@ -38,12 +38,19 @@ logger = logging.get_logger(__name__)
 TRAINED_WEIGHTS_NAME = "trained_weights.safetensors"  # of a checkpoint whose model has the averaged weights
 
 
-class _SetEpoch(TrainerCallback):
-    """New views for each epoch; accelerate's loaders of several processes leave it out."""
+class _Callback(TrainerCallback):
+    """New views for each epoch, which accelerate's loaders of several processes leave out, and the averaged weights."""
+
+    def __init__(self, trainer: "HydraViTTrainer"):
+        self.trainer = trainer
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         if isinstance(train_dataloader.dataset, (TrainingImages, StreamedTrainingImages)):
             train_dataloader.dataset.set_epoch(int(state.epoch))
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if self.trainer._average is not None and not self.trainer.accelerator.optimizer_step_was_skipped:
+            self.trainer._average.update()
 
 
 @dataclass
@@ -96,11 +103,13 @@ class HydraViTTrainer(Trainer):
             **kwargs,
         )
         self.model_accepts_loss_kwargs = False  # the loss of a batch is its mean
-        self.add_callback(_SetEpoch())
+        self.add_callback(_Callback(self))
         if not isinstance(self.args, HydraViTTrainingArguments):
             raise ValueError(f"`args` must be HydraViTTrainingArguments, not {type(self.args).__name__}.")
         if self.compute_loss_func is not None:
             raise ValueError("`compute_loss_func` is not called: HydraViTTrainer has a loss of its own.")
+        if preprocess_logits_for_metrics is not None and compute_metrics is None:
+            raise ValueError("`preprocess_logits_for_metrics` needs `compute_metrics`.")
         config = self._config = self.model.config
         if config.problem_type not in (None, "single_label_classification"):
             raise ValueError(f"HydraViTTrainer trains single-label classifiers, not {config.problem_type}.")
@@ -133,8 +142,11 @@ class HydraViTTrainer(Trainer):
                 check_labels(source, self._config.num_labels)
         if len(dataset) == 0:
             raise ValueError("There is nothing to train on: the dataset is empty.")
+        if self.data_collator is not default_data_collator:
+            return  # it may make them of anything
         item = dataset[0]
-        missing = [name for name in ("pixel_values", "labels") if name not in item]
+        names = {"labels" if name in ("label", "label_ids") else name for name in item}  # in a batch
+        missing = [name for name in ("pixel_values", "labels") if name not in names]
         if missing:
             raise ValueError(
                 f"The items of the dataset lack {' and '.join(missing)}; they have {', '.join(item)}. "
@@ -146,9 +158,8 @@ class HydraViTTrainer(Trainer):
             lr, betas = self.args.learning_rate, (self.args.adam_beta1, self.args.adam_beta2)
             self.optimizer = PrefixAdamW(self.model, lr, betas, self.args.adam_epsilon, self.args.weight_decay)
         optimizer = super().create_optimizer(*args, **kwargs)
-        if self.args.ema_decay and self._average is None:
-            average = self._average = AveragedWeights(self.model, self.args.ema_decay)
-            optimizer.register_step_post_hook(lambda *_: average.update())
+        if self.args.ema_decay:
+            self._average = AveragedWeights(self.model, self.args.ema_decay)
         return optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None):

@@ -3,6 +3,7 @@ that survive a crash."""
 
 import json
 import os
+import re
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -307,7 +308,8 @@ def save_checkpoint(accelerator, output_dir: Path, step: int, keep: int | None =
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints of a run, the oldest first."""
-    return sorted(output_dir.glob("checkpoint-[0-9]*"), key=checkpoint_step)
+    folders = (folder for folder in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", folder.name))
+    return sorted(folders, key=checkpoint_step)
 
 
 def checkpoint_step(checkpoint: Path) -> int:

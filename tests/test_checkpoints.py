@@ -134,17 +134,122 @@ def test_a_narrow_load_reads_the_leading_rows_only(make_model, tmp_path):
     assert bytes_read() - before < 0.3 * size
 
 
-def test_other_labels_need_ignore_mismatched_sizes_at_every_width(any_model, folder, images):
+@pytest.mark.parametrize("size", [16, 32])
+def test_other_labels_need_ignore_mismatched_sizes_at_every_width(any_model, folder, size):
+    images = torch.randn(3, 3, size, size)
+    states = any_model.hydravit(images, num_heads_active=3, interpolate_pos_encoding=True).last_hidden_state
+    for num_heads in (3, 6, 8):
+        options = {"num_attention_heads": num_heads, "num_labels": 400, "image_size": size}
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+            CLASSIFIER.from_pretrained(folder, **options)
+        loaded, report = CLASSIFIER.from_pretrained(
+            folder, **options, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+        torch.testing.assert_close(loaded.hydravit(images, num_heads_active=3).last_hidden_state, states)
+        assert loaded(images).logits.shape == (3, 400)
+        assert {name for name, *_ in report["mismatched_keys"]} == {"classifier.weight", "classifier.bias"}
+        assert not report["missing_keys"] and not report["unexpected_keys"]
+        weight, bias = loaded.classifier.weight, loaded.classifier.bias  # initialised, not left empty
+        assert weight.std().item() == pytest.approx(0.02, rel=0.1) and weight.abs().max() < 0.2
+        assert bias.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("size", [8, 32, (12, 20), (8, 32)])  # the last one has as many patches as 16 x 16
+def test_another_image_size_at_load_is_the_interpolation_of_every_call(any_model, folder, tmp_path_factory, size):
+    images = torch.randn(3, 3, *(size if isinstance(size, tuple) else (size, size)))
+    again = tmp_path_factory.mktemp("again")
+    for loaded in (
+        CLASSIFIER.from_pretrained(folder, image_size=size),
+        CLASSIFIER.from_pretrained(folder, image_size=size, num_attention_heads=3),
+        CLASSIFIER.from_pretrained(folder, image_size=size, num_attention_heads=8),
+        CLASSIFIER.from_pretrained(folder, config=HydraViTConfig.from_pretrained(folder, image_size=size)),
+        AutoModelForImageClassification.from_pretrained(folder, image_size=size),
+        AutoModelForImageClassification.from_pretrained(folder, image_size=size, num_attention_heads=3),
+    ):
+        assert loaded.config.image_size == size
+        loaded.save_pretrained(again)
+        reloaded = CLASSIFIER.from_pretrained(again)
+        assert shapes(reloaded) == shapes(CLASSIFIER(loaded.config))
+        for num_heads in range(1, min(6, loaded.config.num_attention_heads) + 1):
+            expected = any_model(images, num_heads_active=num_heads, interpolate_pos_encoding=True).logits
+            torch.testing.assert_close(loaded(images, num_heads_active=num_heads).logits, expected)
+            torch.testing.assert_close(reloaded(images, num_heads_active=num_heads).logits, expected)
+    expected = any_model.hydravit(images, interpolate_pos_encoding=True).last_hidden_state
+    for encoder in (HydraViTModel, AutoModel):
+        states = encoder.from_pretrained(folder, image_size=size)(images).last_hidden_state
+        torch.testing.assert_close(states, expected)
+
+
+def test_another_image_size_of_rectangular_patches(make_model, tmp_path):
+    model, images = make_model(image_size=(8, 12), patch_size=(4, 2)), torch.randn(3, 3, 20, 14)
+    model.save_pretrained(tmp_path)
+    loaded = CLASSIFIER.from_pretrained(tmp_path, image_size=(20, 14), num_attention_heads=4)
+    expected = model(images, num_heads_active=4, interpolate_pos_encoding=True).logits
+    torch.testing.assert_close(loaded(images).logits, expected)
+    with pytest.raises(ValueError, match=r"`image_size=15` must be a multiple of `patch_size="):
+        CLASSIFIER.from_pretrained(tmp_path, image_size=15)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_another_image_size_keeps_the_dtype(make_model, tmp_path, dtype):
+    make_model().to(dtype).save_pretrained(tmp_path)
+    for num_heads in (3, 6, 8):
+        loaded = CLASSIFIER.from_pretrained(tmp_path, image_size=32, num_attention_heads=num_heads)
+        assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
+
+
+def test_a_vit_starts_a_model_of_another_image_size(model):
+    vit = model.to_vit()
+    for size in (24, (8, 32)):
+        images = torch.randn(2, 3, *(size if isinstance(size, tuple) else (size, size)))
+        for num_heads in (4, 6, 8):
+            started = CLASSIFIER.from_vit(vit, num_attention_heads=num_heads, image_size=size)
+            found = started(images, num_heads_active=4).logits
+            expected = model(images, num_heads_active=4, interpolate_pos_encoding=True).logits
+            torch.testing.assert_close(found, expected)
+
+
+def test_another_image_size_from_the_cache_of_the_hub(model, tmp_path):
+    snapshot = tmp_path / "models--someone--hydravit" / "snapshots" / ("0" * 40)
+    model.save_pretrained(snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    model.save_pretrained(tmp_path / "folder" / "inside")
+    images = torch.randn(2, 3, 32, 8)
+    expected = model(images, num_heads_active=3, interpolate_pos_encoding=True).logits
+    for source in (
+        {"pretrained_model_name_or_path": "someone/hydravit", "cache_dir": tmp_path},
+        {"pretrained_model_name_or_path": tmp_path / "folder", "subfolder": "inside"},
+    ):
+        for load in (CLASSIFIER.from_pretrained, AutoModelForImageClassification.from_pretrained):
+            loaded = load(**source, image_size=(32, 8))
+            torch.testing.assert_close(loaded(images, num_heads_active=3).logits, expected)
+
+
+def test_positions_whose_grid_is_unknown_and_other_patches_stay_a_mismatch(model, tmp_path):
+    model.save_pretrained(tmp_path)
     for num_heads in (3, 6, 8):
         with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
-            CLASSIFIER.from_pretrained(folder, num_attention_heads=num_heads, num_labels=9)
-        loaded = CLASSIFIER.from_pretrained(
-            folder, num_attention_heads=num_heads, num_labels=9, ignore_mismatched_sizes=True
-        )
-        assert loaded(images).logits.shape == (3, 9)
-        states = any_model.hydravit(images, num_heads_active=3).last_hidden_state
-        found = loaded.hydravit(images, num_heads_active=3).last_hidden_state
-        torch.testing.assert_close(found, states, atol=1e-5, rtol=0)
+            CLASSIFIER.from_pretrained(tmp_path, patch_size=8, num_attention_heads=num_heads)
+    config = HydraViTConfig.from_pretrained(tmp_path, image_size=32)
+    config.save_pretrained(tmp_path)  # by hand, and so for other positions than those in the file
+    for options in ({}, {"image_size": 24}, {"num_attention_heads": 3}):
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+            CLASSIFIER.from_pretrained(tmp_path, **options)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        CLASSIFIER.from_pretrained(tmp_path, config=config)
+    for num_heads in (3, 6):
+        loaded = CLASSIFIER.from_pretrained(tmp_path, config=model.config.resized(num_heads))
+        assert shapes(loaded) == shapes(model.extract_subnetwork(num_heads))
+
+
+def test_the_classifier_of_one_width_never_passes_for_that_of_another(make_model, tmp_path):
+    make_model(separate_classifiers=True).save_pretrained(tmp_path)
+    for num_heads, size in ((4, 16), (6, 16), (6, 32), (8, 16)):
+        options = {"num_attention_heads": num_heads, "subnetwork_heads": [2, num_heads], "image_size": size}
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+            CLASSIFIER.from_pretrained(tmp_path, **options)
 
 
 def test_one_classifier_never_passes_for_separate_ones(make_model, tmp_path):

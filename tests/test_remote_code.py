@@ -45,6 +45,14 @@ check(grown(images, num_heads_active=6).logits, 6)
 assert AutoModel.from_pretrained(folder, **trust)(images).pooler_output.shape == (3, 48)
 assert AutoConfig.from_pretrained(folder, num_attention_heads=2, **trust).subnetwork_heads == [1, 2]
 
+# at another image size, at every width
+larger = torch.nn.functional.interpolate(images, (24, 32))
+for k in (2, 6):
+    loaded = load(folder, image_size=(24, 32), num_attention_heads=k, **trust)
+    assert loaded.config.image_size == (24, 32)
+    wanted = full(larger, num_heads_active=k, interpolate_pos_encoding=True).logits
+    torch.testing.assert_close(loaded(larger).logits, wanted)
+
 # saved again from here, in shards and narrower, it still carries its code
 narrow = load(folder, num_attention_heads=4, **trust)
 narrow.save_pretrained(again, max_shard_size="20KB")

@@ -1,34 +1,652 @@
-"""The stock Trainer trains every width, with no argument of ours."""
+"""Real runs of both Trainers: the widths of a step, what is evaluated and saved, and runs that are resumed."""
 
-from transformers import Trainer, TrainingArguments
+import os
+import shutil
+from pathlib import Path
 
-from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, evaluate_subnetworks, make_image_processor
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging
+
+from hydravit_hf import (
+    HydraViTConfig,
+    HydraViTForImageClassification,
+    HydraViTTrainer,
+    HydraViTTrainingArguments,
+    evaluate_subnetworks,
+    make_image_processor,
+)
+from hydravit_hf.augmentation import TrainingAugmentation, TrainingImages
 from hydravit_hf.data import load_digits, to_pixel_values
+from hydravit_hf.training import classification_loss, sample_subnetworks
+
+QUIET = {"report_to": "none", "use_cpu": True, "dataloader_pin_memory": False, "disable_tqdm": True}
+SANDWICH = {"subnetwork_sampling": "sandwich", "distillation_weight": 0.5}
 
 
-def test_the_stock_trainer_trains_every_width_and_saves_a_checkpoint_that_loads_at_any(tmp_path):
-    config = HydraViTConfig(
-        num_attention_heads=4, head_dim=16, num_hidden_layers=1, image_size=8, patch_size=4, num_labels=10
-    )
+def make_config(**kwargs) -> HydraViTConfig:
+    sizes = {"num_attention_heads": 4, "head_dim": 8, "num_hidden_layers": 1, "image_size": 8, "patch_size": 4}
+    return HydraViTConfig(**sizes | {"num_labels": 10} | kwargs)
+
+
+def make_model(**kwargs) -> HydraViTForImageClassification:
+    torch.manual_seed(0)
+    return HydraViTForImageClassification(make_config(**kwargs))
+
+
+@pytest.fixture(scope="module")
+def images():
+    """The digits as images, 84 of them to train on and 60 to test on."""
+    digits = load_digits()
+    return {"train": digits["train"].select(range(84)), "test": digits["test"].select(range(60))}
+
+
+@pytest.fixture(scope="module")
+def digits(images):
+    """The same as items {"pixel_values", "labels"}."""
+    transform = to_pixel_values(make_image_processor(make_config(), (0.5,) * 3, (0.5,) * 3))
+    return {name: [*split.with_transform(transform)] for name, split in images.items()}
+
+
+@pytest.fixture
+def make_trainer(tmp_path, digits):
+    """Makes trainers on the digits: keyword arguments go to the training arguments, `trainer` to the trainer."""
+
+    def make(model=None, folder="run", trainer=None, **kwargs) -> HydraViTTrainer:
+        defaults = {"max_steps": 8, "learning_rate": 3e-3, "save_strategy": "no", "logging_steps": 1}
+        arguments = HydraViTTrainingArguments(str(tmp_path / folder), **QUIET | defaults | kwargs)
+        data = {"train_dataset": digits["train"], "eval_dataset": digits["test"]}
+        return HydraViTTrainer(make_model() if model is None else model, arguments, **data | (trainer or {}))
+
+    return make
+
+
+class Record(TrainerCallback):
+    """The weights after each step."""
+
+    def __init__(self):
+        self.weights = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.weights.append(weights_of(model))
+
+
+class Crash(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise RuntimeError("the power is out")
+
+
+class Wreck(TrainerCallback):
+    """Spoils the weights before a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            for weight in model.parameters():
+                weight.data.add_(torch.randn_like(weight))
+
+
+def weights_of(model) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().clone() for name, weight in model.named_parameters()}
+
+
+def assert_equal(found: dict, expected: dict):
+    assert found.keys() == expected.keys()
+    different = [name for name, weight in expected.items() if not torch.equal(found[name], weight)]
+    assert not different
+
+
+def assert_close(found: dict, expected: dict, **tolerance):
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+def metrics_of(model, items, heads=None, prefix: str = "eval") -> dict[str, float]:
+    """What the Trainer should report, by `evaluate_subnetworks`."""
+    rows = evaluate_subnetworks(model, items, heads, disable_tqdm=True)
+    metrics = {f"{prefix}_{row['num_heads']}_heads_{name}": row[name] for row in rows for name in ("accuracy", "loss")}
+    return metrics | {
+        f"{prefix}_mean_{name}": sum(row[name] for row in rows) / len(rows) for name in ("accuracy", "loss")
+    }
+
+
+def own(metrics: dict, prefix: str = "eval") -> dict[str, float]:
+    """The metrics of widths."""
+    return {
+        name: value
+        for name, value in metrics.items()
+        if name.startswith(prefix) and ("_heads_" in name or "_mean_" in name)
+    }
+
+
+def losses_of(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+# The stock Trainer
+
+
+def train_with_stock_trainer(
+    folder, config: HydraViTConfig, **kwargs
+) -> tuple[HydraViTForImageClassification, list[dict]]:
+    """Train on the digits; gives the model and the accuracy of each width on those held out."""
+    torch.manual_seed(0)
     model = HydraViTForImageClassification(config)
     data = load_digits().with_transform(to_pixel_values(make_image_processor(config)))
     arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=120,
-        learning_rate=3e-3,
-        per_device_train_batch_size=32,
+        output_dir=str(folder),
         remove_unused_columns=False,  # the transform makes the columns that the model wants
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        dataloader_pin_memory=False,
+        **QUIET,
+        **kwargs,
     )
     trainer = Trainer(model, arguments, train_dataset=data["train"], processing_class=make_image_processor(config))
     trainer.train()
     trainer.save_model()
-    rows = evaluate_subnetworks(model, data["test"], heads=[3, 4])
-    assert all(row["accuracy"] > 0.6 for row in rows)  # chance is 0.1
+    rows = evaluate_subnetworks(model, data["test"])
     for row in rows:
-        loaded = HydraViTForImageClassification.from_pretrained(tmp_path, num_attention_heads=row["num_heads"])
+        loaded = HydraViTForImageClassification.from_pretrained(folder, num_attention_heads=row["num_heads"])
         (again,) = evaluate_subnetworks(loaded, data["test"], heads=[row["num_heads"]])
         assert again["accuracy"] == row["accuracy"]
+    return model, rows
+
+
+def test_the_stock_trainer_trains_every_width_and_saves_a_checkpoint_that_loads_at_any(tmp_path):
+    _, rows = train_with_stock_trainer(
+        tmp_path, make_config(head_dim=16), max_steps=120, learning_rate=3e-3, per_device_train_batch_size=32
+    )
+    assert [row["num_heads"] for row in rows] == [3, 4]
+    assert all(row["accuracy"] > 0.6 for row in rows)  # chance is 0.1
+
+
+# Evaluation
+
+
+def test_with_default_arguments_every_width_is_evaluated_as_by_evaluate_subnetworks(make_trainer, digits):
+    trainer = make_trainer(eval_strategy="steps", eval_steps=4, per_device_eval_batch_size=16)
+    assert trainer.train().global_step == 8
+    metrics = trainer.evaluate()
+    assert own(metrics).keys() == {
+        f"eval_{kind}_{name}" for kind in ("3_heads", "4_heads", "mean") for name in ("accuracy", "loss")
+    }
+    assert own(metrics) == pytest.approx(metrics_of(trainer.model, digits["test"]), rel=1e-5)
+    assert metrics["eval_loss"] == pytest.approx(metrics["eval_mean_loss"], rel=1e-2)  # the last batch is smaller
+    assert metrics["eval_3_heads_loss"] != metrics["eval_4_heads_loss"]
+    logged = [entry for entry in trainer.state.log_history if "eval_mean_accuracy" in entry]
+    assert [entry["step"] for entry in logged] == [4, 8, 8]
+    assert own(logged[1]) == own(metrics) != own(logged[0])
+
+
+def test_the_widths_to_evaluate_can_be_chosen(make_trainer, digits):
+    logging.set_verbosity_error()  # of widths that are not trained
+    trainer = make_trainer(eval_num_heads=[4, 1])
+    metrics = own(trainer.evaluate())
+    assert metrics == pytest.approx(metrics_of(trainer.model, digits["test"], [4, 1]), rel=1e-5)
+    assert len(metrics) == 6
+
+
+def test_several_datasets_are_each_evaluated_at_every_width(make_trainer, digits):
+    parts = {"few": digits["test"][:20], "more": digits["test"][20:]}
+    trainer = make_trainer(trainer={"eval_dataset": parts}, eval_strategy="steps", eval_steps=8)
+    trainer.train()
+    metrics = trainer.evaluate()
+    for name, items in parts.items():
+        expected = metrics_of(trainer.model, items, prefix=f"eval_{name}")
+        assert own(metrics, f"eval_{name}") == pytest.approx(expected, rel=1e-5)
+        assert own(trainer.evaluate(items, metric_key_prefix="eval")) == pytest.approx(
+            metrics_of(trainer.model, items), rel=1e-5
+        )
+
+
+@pytest.mark.parametrize("preprocess", [False, True])
+def test_the_users_metrics_are_computed_for_each_width(make_trainer, digits, preprocess):
+    shapes = []
+
+    def compute_metrics(prediction):
+        shapes.append(prediction.predictions.shape)
+        best = prediction.predictions if preprocess else prediction.predictions.argmax(-1)
+        return {"hits": (best == prediction.label_ids).sum(), "rows": len(best)}
+
+    functions = {"compute_metrics": compute_metrics}
+    if preprocess:
+        functions["preprocess_logits_for_metrics"] = lambda logits, labels: logits.argmax(-1)
+    trainer = make_trainer(trainer=functions, per_device_eval_batch_size=16)
+    metrics, expected = trainer.evaluate(), metrics_of(trainer.model, digits["test"])
+    assert shapes == [(60,) if preprocess else (60, 10)] * 2
+    for kind in ("3_heads", "4_heads", "mean"):
+        assert metrics[f"eval_{kind}_hits"] == pytest.approx(60 * expected[f"eval_{kind}_accuracy"])
+        assert metrics[f"eval_{kind}_rows"] == 60
+    prediction = trainer.predict(digits["test"])
+    assert prediction.predictions.shape == ((60,) if preprocess else (60, 10))
+    assert prediction.metrics["test_hits"] == metrics["eval_4_heads_hits"]
+    assert len(shapes) == 3
+
+
+@pytest.mark.parametrize("num_heads", [3, None])
+def test_predict_gives_the_logits_of_the_default_width(make_trainer, digits, num_heads):
+    model = make_model(num_heads_active=num_heads)
+    trainer = make_trainer(model, per_device_eval_batch_size=16)
+    prediction = trainer.predict(digits["test"])
+    with torch.no_grad():
+        pixel_values = torch.stack([item["pixel_values"] for item in digits["test"]])
+        logits = model.eval()(pixel_values, num_heads_active=num_heads or 4).logits
+    np.testing.assert_allclose(prediction.predictions, logits.numpy(), rtol=1e-4, atol=1e-6)
+    assert prediction.label_ids.tolist() == [item["labels"] for item in digits["test"]]
+    (row,) = evaluate_subnetworks(model, digits["test"], [num_heads or 4])
+    for name in ("accuracy", "loss"):
+        assert prediction.metrics[f"test_{name}"] == pytest.approx(row[name], rel=1e-5)
+    unlabelled = [{"pixel_values": item["pixel_values"]} for item in digits["test"]]
+    prediction = trainer.predict(unlabelled)
+    np.testing.assert_allclose(prediction.predictions, logits.numpy(), rtol=1e-4, atol=1e-6)
+    assert prediction.label_ids is None and "test_accuracy" not in prediction.metrics
+    with pytest.raises(ValueError, match="dataset has no `labels`"):
+        trainer.evaluate(unlabelled)
+    assert trainer.predict(digits["test"][:3]).predictions.shape == (3, 10)  # the error has changed nothing
+
+
+def test_smoothed_labels_are_for_training_only(make_trainer, digits):
+    trainer = make_trainer(label_smoothing_factor=0.3, max_steps=1, per_device_train_batch_size=84, learning_rate=0.0)
+    (num_heads,) = sample_subnetworks(trainer.model.config, trainer.args.seed, 0)
+    logits, labels = logits_of(trainer.model, digits["train"], num_heads)
+    trainer.train()
+    expected = nn.functional.cross_entropy(logits, labels, label_smoothing=0.3)
+    assert losses_of(trainer) == pytest.approx([expected.item()], rel=1e-4)
+    assert own(trainer.evaluate()) == pytest.approx(metrics_of(trainer.model, digits["test"]), rel=1e-5)
+
+
+def logits_of(model, items, num_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    pixel_values = torch.stack([item["pixel_values"] for item in items])
+    return model(pixel_values, num_heads_active=num_heads).logits, torch.tensor([int(item["labels"]) for item in items])
+
+
+# The widths of a step
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("separate_classifiers", [False, True])
+def test_a_sandwich_has_the_gradient_of_the_mean_of_its_losses(make_trainer, digits, weight, separate_classifiers):
+    model = make_model(subnetwork_heads=[1, 2, 3, 4], separate_classifiers=separate_classifiers)
+    before = weights_of(model)
+    trainer = make_trainer(
+        model,
+        max_steps=1,
+        optim="sgd",
+        learning_rate=1.0,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        per_device_train_batch_size=84,
+        subnetwork_sampling="sandwich",
+        sandwich_draws=1,
+        distillation_weight=weight,
+    )
+    heads = sample_subnetworks(model.config, trainer.args.seed, 0, "sandwich")
+    assert heads[0] == 4 and heads[-1] == 1 and len(heads) == 3
+    teacher, losses = None, []
+    for num_heads in heads:
+        logits, labels = logits_of(model, digits["train"], num_heads)
+        losses.append(classification_loss(logits, labels, teacher if weight else None, weight))
+        teacher = logits if teacher is None else teacher
+    loss = torch.stack(losses).mean()
+    gradients = dict(zip(before, torch.autograd.grad(loss, [*model.parameters()]), strict=True))
+    trainer.train()
+    moved = {name: before[name] - value for name, value in weights_of(model).items()}
+    assert_close(moved, gradients, rtol=1e-4, atol=1e-6)
+    assert losses_of(trainer) == pytest.approx([loss.item()], rel=1e-4)
+    assert len({loss.item() for loss in losses}) == 3
+
+
+@pytest.mark.parametrize("options", [{}, SANDWICH])
+def test_accumulated_gradients_are_those_of_a_larger_batch(make_trainer, options):
+    options = {"max_steps": 6, "optim": "sgd", "learning_rate": 0.3, **options}
+    heads = [1, 2, 3, 4]
+    one = make_trainer(make_model(subnetwork_heads=heads), per_device_train_batch_size=12, **options)
+    two = make_trainer(
+        make_model(subnetwork_heads=heads), per_device_train_batch_size=6, gradient_accumulation_steps=2, **options
+    )
+    one.train()
+    two.train()
+    assert losses_of(two) == pytest.approx(losses_of(one), rel=1e-4)
+    assert len(set(losses_of(one))) == 6
+    assert_close(weights_of(two.model), weights_of(one.model), rtol=1e-3, atol=1e-5)
+
+
+def test_weights_that_no_step_uses_are_frozen_if_they_may_be(make_trainer):
+    model = make_model(subnetwork_weights=[1, 0])
+    before = weights_of(model)
+    make_trainer(model, weight_decay=0.1, freeze_unused_weights=True).train()
+    narrow = {name: weight.shape for name, weight in model.extract_subnetwork(3).named_parameters()}
+
+    def shells(weights: dict) -> dict:
+        weights = {name: weight.clone() for name, weight in weights.items()}
+        for name, weight in weights.items():
+            weight[tuple(map(slice, narrow[name]))] = 0
+        return weights
+
+    frozen, after = weights_of(model), weights_of(model)
+    assert_equal(shells(frozen), shells(before))
+    assert all((frozen[name] != weight).any() for name, weight in before.items())
+    model.load_state_dict(before)
+    make_trainer(model, weight_decay=0.1).train()
+    after = shells(weights_of(model))
+    assert any((after[name] != weight).any() for name, weight in shells(before).items())
+
+
+def test_training_learns_every_width(make_trainer, images):
+    """With all options at once."""
+    config = make_config(head_dim=16, subnetwork_heads=[1, 2, 4])
+    transform = to_pixel_values(make_image_processor(config))
+    data = load_digits()
+    trainer = make_trainer(
+        HydraViTForImageClassification(config),
+        trainer={
+            name: data[split].with_transform(transform)
+            for name, split in (("train_dataset", "train"), ("eval_dataset", "test"))
+        },
+        max_steps=60,
+        learning_rate=5e-3,
+        per_device_train_batch_size=64,
+        per_device_eval_batch_size=360,
+        **SANDWICH,
+        mixup_alpha=0.1,
+        cutmix_alpha=0.1,
+        ema_decay=0.8,
+        freeze_unused_weights=True,
+        label_smoothing_factor=0.1,
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert all(metrics[f"eval_{num_heads}_heads_accuracy"] > 0.5 for num_heads in (1, 2, 4))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_each_epoch_has_views_of_its_own(make_trainer, images, workers):
+    class Views(TrainingImages):
+        def __getitem__(self, index):
+            return super().__getitem__(index) | {"epoch": self._epoch.item()}
+
+    epochs = []
+
+    class Model(HydraViTForImageClassification):
+        def forward(self, pixel_values, epoch=None, **kwargs):
+            epochs.append(set(epoch.tolist()))
+            return super().forward(pixel_values, **kwargs)
+
+    augmentation = TrainingAugmentation(make_image_processor(make_config()), rand_augment_magnitude=0)
+    trainer = make_trainer(
+        Model(make_config()),
+        trainer={"train_dataset": Views(images["train"].select(range(24)), augmentation)},
+        max_steps=-1,
+        num_train_epochs=3,
+        per_device_train_batch_size=12,
+        dataloader_num_workers=workers,
+        dataloader_persistent_workers=bool(workers),
+    )
+    trainer.train()
+    assert epochs == [{0}, {0}, {1}, {1}, {2}, {2}]
+
+
+# Averaged weights
+
+
+def test_the_average_is_what_is_evaluated_and_saved_and_left_in_the_model(make_trainer, digits, tmp_path):
+    record = Record()
+    model = make_model()
+    start = weights_of(model)
+    trainer = make_trainer(
+        model,
+        trainer={"callbacks": [record]},
+        ema_decay=0.7,
+        eval_strategy="steps",
+        eval_steps=4,
+        save_strategy="steps",
+        save_steps=4,
+    )
+    trainer.train()
+    mean = start
+    for step, weights in enumerate(record.weights, start=1):
+        mean = {name: 0.7 * mean[name] + 0.3 * weight for name, weight in weights.items()}
+        if step % 4 == 0:
+            folder = tmp_path / "run" / f"checkpoint-{step}"
+            assert_close(load_file(folder / "model.safetensors"), mean, rtol=1e-4, atol=1e-6)
+            assert_equal(load_file(folder / "trained_weights.safetensors"), weights)
+            saved = HydraViTForImageClassification.from_pretrained(folder)
+            (logged,) = (e for e in trainer.state.log_history if e["step"] == step and "eval_loss" in e)
+            assert own(logged) == pytest.approx(metrics_of(saved, digits["test"]), rel=1e-5)
+    assert_close(weights_of(model), mean, rtol=1e-4, atol=1e-6)
+    assert_equal(weights_of(model), load_file(tmp_path / "run" / "checkpoint-8" / "model.safetensors"))
+    assert own(trainer.evaluate()) == own(logged)
+    trainer.save_model()
+    assert_equal(weights_of(model), load_file(tmp_path / "run" / "model.safetensors"))
+
+
+def test_training_goes_on_where_it_ended_also_with_averaged_weights(make_trainer):
+    trainer = make_trainer(ema_decay=0.7, max_steps=4)
+    trainer.train()
+    start, record = weights_of(trainer.model), Record()
+    trainer.add_callback(record)
+    trainer.train()
+    mean = start
+    for weights in record.weights:
+        mean = {name: 0.7 * mean[name] + 0.3 * weight for name, weight in weights.items()}
+    assert len(record.weights) == 4
+    assert_close(weights_of(trainer.model), mean, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.3])
+def test_the_best_model_by_the_mean_over_widths_is_loaded_at_the_end(make_trainer, digits, ema_decay):
+    trainer = make_trainer(
+        trainer={"callbacks": [Wreck(step=6)]},
+        ema_decay=ema_decay,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=2,
+        save_steps=2,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="mean_accuracy",
+        learning_rate=0.01,
+    )
+    trainer.train()
+    history = {e["step"]: e["eval_mean_accuracy"] for e in trainer.state.log_history if "eval_mean_accuracy" in e}
+    best = max(history, key=history.get)
+    assert [*history] == [2, 4, 6, 8] and best <= 6 and history[best] > history[8]
+    assert trainer.state.best_metric == history[best]
+    assert os.path.basename(trainer.state.best_model_checkpoint) == f"checkpoint-{best}"
+    assert_equal(weights_of(trainer.model), load_file(Path(trainer.state.best_model_checkpoint, "model.safetensors")))
+    assert trainer.evaluate()["eval_mean_accuracy"] == history[best]
+    assert metrics_of(trainer.model, digits["test"])["eval_mean_accuracy"] == pytest.approx(history[best])
+
+
+# Resumption
+
+
+RESUMED = {
+    "weighted, drop path, mixup and CutMix": (
+        {"drop_path_rate": 0.3, "hidden_dropout_prob": 0.1, "num_hidden_layers": 2, "subnetwork_weights": [1, 2, 3]},
+        {"mixup_alpha": 0.8, "cutmix_alpha": 1.0},
+    ),
+    "sandwich, distillation, averaged weights": ({"drop_path_rate": 0.3}, {**SANDWICH, "ema_decay": 0.9}),
+    "frozen weights": ({}, {"freeze_unused_weights": True, "subnetwork_sampling": "uniform", "weight_decay": 0.1}),
+    "accumulated gradients": ({"hidden_dropout_prob": 0.1}, {"gradient_accumulation_steps": 2, "mixup_alpha": 0.8}),
+    "views": ({"separate_classifiers": True}, {"ema_decay": 0.5, "freeze_unused_weights": True}),
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_ends_with_the_weights_of_one_that_was_never_interrupted(make_trainer, images, tmp_path, name):
+    sizes, options = RESUMED[name]
+    options = {"max_steps": 12, "per_device_train_batch_size": 8, "weight_decay": 0.05} | options
+    data = {}
+    if name == "views":
+        augmentation = TrainingAugmentation(make_image_processor(make_config()), rand_augment_magnitude=0)
+        data = {"train_dataset": TrainingImages(images["train"], augmentation)}
+
+    def make(folder: str, callbacks=(), **kwargs) -> HydraViTTrainer:
+        model = make_model(**{"subnetwork_heads": [1, 2, 4]} | sizes)
+        return make_trainer(model, folder, data | {"callbacks": [*callbacks]}, **options | kwargs)
+
+    options |= {"eval_strategy": "steps", "eval_steps": 3}  # an evaluation moves torch's generator
+    saves = {"save_strategy": "steps", "save_steps": 4}
+    whole = make("whole")
+    whole.train()
+    with pytest.raises(RuntimeError, match="the power is out"):
+        make("interrupted", [Crash(step=9)], **saves).train()
+    assert sorted(folder.name for folder in (tmp_path / "interrupted").iterdir()) == ["checkpoint-4", "checkpoint-8"]
+    torch.manual_seed(123)
+    resumed = make("interrupted", **saves)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 12
+    assert_equal(weights_of(resumed.model), weights_of(whole.model))
+    assert losses_of(resumed)[8:] == losses_of(whole)[8:]
+    assert_equal(load_file(tmp_path / "interrupted" / "checkpoint-12" / "model.safetensors"), weights_of(whole.model))
+
+
+def test_a_checkpoint_that_was_not_saved_whole_is_skipped_and_none_is_an_error(make_trainer, tmp_path, caplog):
+    whole = make_trainer(folder="whole", max_steps=6)
+    whole.train()
+    options = {"folder": "killed", "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    make_trainer(**options).train()
+    checkpoints = [tmp_path / "killed" / f"checkpoint-{step}" for step in (2, 4, 6)]
+    (checkpoints[2] / "trainer_state.json").unlink()
+    state = checkpoints[1] / "trainer_state.json"
+    text = state.read_text()
+    state.write_text(text[: len(text) // 2])
+    shutil.copytree(checkpoints[2], tmp_path / "killed" / "checkpoint-6-copy")
+    logger = logging.get_logger("hydravit_hf.trainer")
+    logger.addHandler(caplog.handler)
+    resumed = make_trainer(**options, trainer={"callbacks": [record := Record()]})
+    try:
+        resumed.train(resume_from_checkpoint=True)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert [checkpoint.name in caplog.text for checkpoint in checkpoints] == [False, True, True]
+    assert "was not saved whole" in caplog.text
+    assert len(record.weights) == 4
+    assert_equal(weights_of(resumed.model), weights_of(whole.model))
+    for checkpoint in checkpoints:
+        (checkpoint / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match=f"no whole checkpoint to resume from in '{tmp_path / 'killed'}'"):
+        make_trainer(**options).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=f"no whole checkpoint to resume from in '{tmp_path / 'new'}'"):
+        make_trainer(folder="new").train(resume_from_checkpoint=True)
+
+
+# What can't be trained with
+
+
+def test_arguments_can_come_from_the_command_line(tmp_path):
+    parser = HfArgumentParser(HydraViTTrainingArguments)
+    line = f"--output_dir {tmp_path} --subnetwork_sampling sandwich --sandwich_draws 2 --distillation_weight 0.5"
+    line += " --ema_decay 0.9 --freeze_unused_weights --eval_num_heads 3 4 --mixup_alpha 0.8 --cutmix_alpha 1"
+    (arguments,) = parser.parse_args_into_dataclasses([*line.split(), "--report_to", "none", "--use_cpu"])
+    assert (arguments.subnetwork_sampling, arguments.sandwich_draws, arguments.distillation_weight) == (
+        "sandwich",
+        2,
+        0.5,
+    )
+    assert (arguments.ema_decay, arguments.freeze_unused_weights, arguments.eval_num_heads) == (0.9, True, [3, 4])
+    assert not arguments.remove_unused_columns and not arguments.ddp_find_unused_parameters
+    assert HydraViTTrainingArguments("runs").output_dir == "runs"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"distillation_weight": 0.5}, "`distillation_weight` needs subnetwork_sampling='sandwich'"),
+        ({"subnetwork_sampling": "widest"}, "`subnetwork_sampling` must be one of"),
+        ({"ema_decay": 1.0}, "`ema_decay` must be"),
+    ],
+)
+def test_options_that_make_no_sense_are_errors_of_the_arguments(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        HydraViTTrainingArguments(str(tmp_path), **options)
+
+
+@pytest.mark.parametrize("num_heads", [0, 5, 2.0])
+def test_a_width_to_evaluate_must_be_held(make_trainer, num_heads):
+    with pytest.raises(ValueError, match="must be an integer from 1 to 4"):
+        make_trainer(eval_num_heads=[3, num_heads])
+
+
+def test_arguments_of_the_stock_trainer_are_an_error(tmp_path):
+    with pytest.raises(ValueError, match="must be HydraViTTrainingArguments, not TrainingArguments"):
+        HydraViTTrainer(make_model(), TrainingArguments(str(tmp_path), **QUIET))
+
+
+@pytest.mark.parametrize(
+    ("functions", "message"),
+    [
+        ({"compute_loss_func": lambda *args, **kwargs: 0}, "`compute_loss_func` is not called"),
+        ({"preprocess_logits_for_metrics": lambda logits, labels: logits}, "needs `compute_metrics`"),
+    ],
+)
+def test_functions_that_would_not_be_called_are_an_error(make_trainer, functions, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(trainer=functions)
+
+
+@pytest.mark.parametrize("problem_type", ["regression", "multi_label_classification"])
+def test_only_single_label_classifiers_are_trained(make_trainer, problem_type):
+    with pytest.raises(ValueError, match=f"trains single-label classifiers, not {problem_type}"):
+        make_trainer(make_model(problem_type=problem_type))
+
+
+def test_data_that_cannot_be_trained_on_is_an_error_before_training(make_trainer, images):
+    transform = to_pixel_values(make_image_processor(make_config()))
+    wrong = images["train"].add_column("labels", [10, *range(83)])
+    for dataset, message in (
+        ([], "dataset is empty"),
+        (images["train"].select([]).with_transform(transform), "dataset is empty"),
+        (images["train"], r"lack pixel_values; they have image, label\. `hydravit_hf.data.to_pixel_values` makes them"),
+        (images["train"].select_columns("image"), "lack pixel_values and labels; they have image"),
+        ([{"pixel_values": torch.zeros(3, 8, 8)}], "lack labels; they have pixel_values"),
+        (wrong.with_transform(transform), r"from 0 to 9, as the model has 10; the column 'labels' has 10, 11"),
+        (TrainingImages(wrong, TrainingAugmentation(make_image_processor(make_config()))), "from 0 to 9"),
+    ):
+        trainer = make_trainer(trainer={"train_dataset": dataset, "callbacks": [record := Record()]})
+        with pytest.raises(ValueError, match=message):
+            trainer.train()
+        assert not record.weights
+
+
+def test_labels_may_have_another_name_or_be_made_by_a_collator(make_trainer, digits):
+    items = [{"pixel_values": item["pixel_values"], "label": item["labels"]} for item in digits["train"]]
+    pairs = [(item["pixel_values"], item["labels"]) for item in digits["train"]]
+
+    def collate(pairs):
+        return {
+            "pixel_values": torch.stack([pixel_values for pixel_values, _ in pairs]),
+            "labels": torch.tensor([int(label) for _, label in pairs]),
+        }
+
+    expected = make_trainer(max_steps=2)
+    expected.train()
+    for options in ({"train_dataset": items}, {"train_dataset": pairs, "data_collator": collate}):
+        trainer = make_trainer(trainer=options, max_steps=2)
+        trainer.train()
+        assert_equal(weights_of(trainer.model), weights_of(expected.model))
+
+
+@pytest.mark.parametrize("options", [{}, SANDWICH])
+def test_a_loss_that_is_no_number_stops_the_training_and_names_the_step(make_trainer, digits, options):
+    items = [dict(item) for item in digits["train"]]
+    items[20]["pixel_values"] = torch.full((3, 8, 8), torch.nan)
+    trainer = make_trainer(
+        trainer={"train_dataset": items, "callbacks": [record := Record()]},
+        train_sampling_strategy="sequential",
+        per_device_train_batch_size=8,
+        **options,
+    )
+    with pytest.raises(FloatingPointError, match=r"The loss at step 2, with [34] heads, is nan"):
+        trainer.train()
+    assert len(record.weights) == 2
+    assert all(weight.isfinite().all() for weight in trainer.model.parameters())
