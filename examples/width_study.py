@@ -34,7 +34,7 @@ HEADS = list(range(3, 13))
 SHARE = 0.25  # of the compute of ten models, at equal compute
 DATA = {  # how to load it, image size, patch size, epochs, learning rate
     "digits": (load_digits, 8, 2, 30, 1e-3),
-    "mnist": (load_mnist, 28, 7, 16, 2e-3),
+    "mnist": (load_mnist, 28, 7, 12, 2e-3),
 }
 STRATEGIES = {
     "uniform": {"sampling": "uniform"},

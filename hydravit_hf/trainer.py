@@ -120,11 +120,11 @@ class HydraViTTrainer(Trainer):
 
     # --- Training ---
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         self._check_train_dataset()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._last_whole_checkpoint()
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self._average is not None:
             self._average.swap()
             self._average = None

@@ -92,7 +92,8 @@ def sample_subnetworks(
 ) -> list[int]:
     """The head counts to train at `step`, the widest first.
 
-    A pure function of its arguments: every process draws the same widths, and a resumed run replays the draws.
+    A pure function of its arguments: every process draws the same widths, and a resumed run replays the draws. A width
+    that is pinned by `config.num_heads_active` is trained alone.
 
     Args:
         config: Its `subnetwork_heads` are drawn from, and its `subnetwork_weights` are the odds.
@@ -111,6 +112,8 @@ def sample_subnetworks(
     """
     if sampling not in SAMPLING:
         raise ValueError(f"`sampling` must be one of {', '.join(SAMPLING)}, not {sampling!r}.")
+    if config.num_heads_active is not None:
+        return [config.num_heads_active]
     heads, odds = config.subnetwork_heads, config.subnetwork_odds
     generator = np.random.default_rng([seed, step] if process_index is None else [seed, step, process_index])
     if sampling == "uniform":

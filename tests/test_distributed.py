@@ -18,6 +18,7 @@ from hydravit_hf import HydraViTForImageClassification
 from hydravit_hf.training import AveragedWeights
 
 TESTS = Path(__file__).parent
+EXAMPLES = TESTS.parent / "examples"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 
@@ -77,6 +78,34 @@ def test_two_processes_train_as_one_with_the_double_batch(tmp_path, options):
         assert two["metrics"][key] == pytest.approx(one["metrics"][key], rel=1e-3)
     for name in ("eval_1_heads_accuracy", "eval_mean_accuracy"):  # 360 images that two processes share
         assert two["metrics"][name] == pytest.approx(one["metrics"][name], abs=2 / 360)
+
+
+def test_accelerate_launch_trains_in_two_processes_as_in_one_with_the_double_batch(tmp_path):
+    options = [
+        "--num_attention_heads",
+        "4",
+        "--num_hidden_layers",
+        "1",
+        "--max_train_steps",
+        "12",
+        "--max_grad_norm",
+        "0",
+    ]
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch += ["--config_file", str(EXAMPLES / "accelerate_multi_gpu.yaml"), "--num_processes", "2"]
+    rows = {}
+    for name, command, batch_size in (("two", launch, 8), ("one", [sys.executable], 16)):
+        command = [*command, str(EXAMPLES / "train_accelerate.py"), *options, "--output_dir", str(tmp_path / name)]
+        command += ["--per_device_train_batch_size", str(batch_size), "--separate_classifiers"]
+        result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr[-4000:]
+        assert f"{ {'two': 2, 'one': 1}[name] } processes" in result.stdout
+        rows[name] = json.loads((tmp_path / name / "results.json").read_text())
+    for two, one in zip(rows["two"], rows["one"], strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=1e-3)
 
 
 def test_each_process_may_draw_its_own_width(tmp_path):

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
 from hydravit_hf import HydraViTConfig, HydraViTForImageClassification
-from hydravit_hf.evaluation import evaluate_subnetworks
+from hydravit_hf.evaluation import SCORES, evaluate_subnetworks, score
 from hydravit_hf.subnetwork_accuracy import SubnetworkAccuracy
 
 KEYS = ["num_heads", "accuracy", "top5_accuracy", "loss"]
@@ -43,6 +43,21 @@ def check_equal(rows: list[dict], expected: list[dict]):
     for row, other in zip(rows, expected, strict=True):
         assert list(row) == KEYS
         assert row == pytest.approx(other, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_labels", [2, 5, 9])
+def test_scores_are_a_rank_and_a_loss_for_each_image(num_labels, dtype):
+    logits, labels = 2 * torch.randn(40, num_labels).to(dtype), torch.randint(num_labels, (40,))
+    scores = score(logits, labels)
+    assert scores.shape == (40, len(SCORES)) and scores.dtype == torch.float32
+    values = logits.double().numpy()
+    own = values[np.arange(40), labels][:, None]
+    ranks = (values > own).sum(1) + ((values == own).cumsum(1)[np.arange(40), labels] - 1)  # equal ones in their order
+    if dtype == torch.float32:  # the order of equal logits is not specified
+        assert scores[:, 0].tolist() == (ranks == 0).tolist()
+        assert scores[:, 1].tolist() == (ranks < 5).tolist()
+    np.testing.assert_allclose(scores[:, 2], np.log(np.exp(values - own).sum(1)), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("separate_classifiers", [False, True])

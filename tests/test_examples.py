@@ -77,7 +77,8 @@ def test_what_was_trained_serves_in_the_stock_pipeline(trained):
 
 
 def test_a_run_that_is_killed_and_resumed_ends_with_the_weights_of_one_that_was_not(tmp_path):
-    checkpoints = ["--checkpointing_steps", "4", "--gradient_accumulation_steps", "2"]
+    checkpoints = ["--checkpointing_steps", "4", "--gradient_accumulation_steps", "2", "--augment"]
+    checkpoints += ["--mixup_alpha", "0.2", "--subnetwork_sampling", "sandwich", "--distillation_weight", "0.5"]
     train(tmp_path / "whole", *checkpoints)
     killed = tmp_path / "killed"
     process = subprocess.Popen(

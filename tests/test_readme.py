@@ -1,4 +1,4 @@
-"""Every snippet of the README runs, in order, on a checkpoint like that of its first command."""
+"""Every snippet of the README and of docs/training.md runs, in order, on checkpoints like the first command's."""
 
 import re
 import subprocess
@@ -14,11 +14,11 @@ from hydravit_hf.image_processing import make_image_processor
 from hydravit_hf.profiling import count_macs, count_parameters
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, TRAINING = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/training.md"))
 
 
-def snippets(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def snippets(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 @pytest.fixture
@@ -42,6 +42,17 @@ def test_the_python_snippets_run_and_do_what_they_say(trained):
     assert names["model"].config.num_attention_heads == 12
 
 
+@pytest.mark.filterwarnings("ignore:.*pin_memory")
+def test_the_snippet_on_training_trains_a_checkpoint_that_loads_at_any_width(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (snippet,) = snippets("python", TRAINING)
+    names = {}
+    exec(compile(snippet, "docs/training.md snippet", "exec"), names)
+    loaded = HydraViTForImageClassification.from_pretrained("runs/trainer", num_attention_heads=3)
+    assert loaded.config.subnetwork_heads == [3]
+    assert "eval_3_heads_accuracy" in names["trainer"].state.log_history[-1]
+
+
 def test_the_commands_install_extras_that_exist_and_run_files_that_exist():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     commands = snippets("bash")
@@ -49,8 +60,9 @@ def test_the_commands_install_extras_that_exist_and_run_files_that_exist():
     for command in commands:
         assert command.count("\n") == 1  # one line installs and runs
         assert set(re.search(r"\[(.*)\]", command)[1].split(",")) <= set(extras)
-    for path in re.findall(r"\]\(((?!http)[^)]+)\)", README):
-        assert (ROOT / path).exists(), path
+    for folder, text in ((ROOT, README), (ROOT / "docs", TRAINING)):
+        for path in re.findall(r"\]\(((?!http)[^)]+)\)", text):
+            assert (folder / path).exists(), path
     module = re.search(r"python -m (hydravit_hf\S+)", README)[1]
     result = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True)
     assert result.returncode == 0 and "SRC" in result.stdout
@@ -70,7 +82,9 @@ def test_what_the_readme_names_exists():
         known = hasattr(HydraViTForImageClassification, name) or hasattr(HydraViTModel, name)
         assert known or name in {
             "hydravit_hf",
+            "HydraViTTrainer",
             "PreTrainedModel",
+            "Trainer",
             "num_heads_active",
             "num_attention_heads",
         }, name

@@ -157,6 +157,12 @@ def test_a_process_draws_for_itself_where_it_is_named(sampling):
         assert abs(same - 3000 / kinds) < 4 * (3000 / kinds) ** 0.5
 
 
+@pytest.mark.parametrize("sampling", SAMPLING)
+def test_a_pinned_width_is_trained_alone(sampling):
+    config = make_config(num_heads_active=5)
+    assert all(sample_subnetworks(config, 0, step, sampling, 3, step % 2) == [5] for step in range(20))
+
+
 def test_an_unknown_sampling_is_an_error_that_names_those_that_there_are():
     with pytest.raises(ValueError, match="weighted, uniform, sandwich, open_sandwich, not 'widest'"):
         sample_subnetworks(make_config(), 0, 0, "widest")
