@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalPrediction, has_length
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, has_length
 from transformers.utils import is_datasets_available, logging
 
 from .augmentation import StreamedTrainingImages, TrainingImages
@@ -110,6 +110,8 @@ class HydraViTTrainer(Trainer):
             raise ValueError("`compute_loss_func` is not called: HydraViTTrainer has a loss of its own.")
         if preprocess_logits_for_metrics is not None and compute_metrics is None:
             raise ValueError("`preprocess_logits_for_metrics` needs `compute_metrics`.")
+        if self.args.freeze_unused_weights and (self.optimizer, self.optimizer_cls_and_kwargs) != (None, None):
+            raise ValueError("`freeze_unused_weights` brings an optimizer of its own: leave out the other one.")
         config = self._config = self.model.config
         if config.problem_type not in (None, "single_label_classification"):
             raise ValueError(f"HydraViTTrainer trains single-label classifiers, not {config.problem_type}.")
@@ -124,6 +126,13 @@ class HydraViTTrainer(Trainer):
         self._check_train_dataset()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._last_whole_checkpoint()
+        if resume_from_checkpoint:
+            averaged = (Path(resume_from_checkpoint) / TRAINED_WEIGHTS_NAME).exists()
+            if averaged != bool(self.args.ema_decay):
+                raise ValueError(
+                    f"`ema_decay` must be {'above 0' if averaged else '0'} to resume from '{resume_from_checkpoint}', "
+                    f"which has {'' if averaged else 'no '}averaged weights, not {self.args.ema_decay}."
+                )
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self._average is not None:
             self._average.swap()
@@ -266,6 +275,12 @@ class HydraViTTrainer(Trainer):
         with nullcontext() if self._average is None else self._average.in_place():
             super().save_model(*args, **kwargs)
 
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:  # of a run that was resumed from an earlier one: no longer whole
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
         if self._average is not None and self.args.should_save:
@@ -275,7 +290,6 @@ class HydraViTTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if self._average is not None and checkpoint is not None:  # the model has the averaged weights of the checkpoint
-            self._average.load_state_dict(self._average.weights)
             weights = load_file(os.path.join(checkpoint, TRAINED_WEIGHTS_NAME))
             with torch.no_grad():
                 for name, weight in self._average.weights.items():

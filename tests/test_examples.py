@@ -1,7 +1,9 @@
 """The example scripts run as their users run them: as processes, on real data, to the end or to a kill."""
 
+import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -142,22 +144,6 @@ def test_training_starts_from_a_folder_of_images_and_a_stock_vit(trained, tmp_pa
     assert HydraViTForImageClassification.from_pretrained(tmp_path / "again").classifier.weight.shape[0] == 2
 
 
-def test_two_processes_train_one_model(tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    arguments = ["--output_dir", tmp_path, *TINY, "--separate_classifiers", "--per_device_train_batch_size", "32"]
-    result = subprocess.run(
-        [*launch, str(EXAMPLES / "train_accelerate.py"), *map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "2 processes" in result.stdout
-    rows = json.loads((tmp_path / "results.json").read_text())
-    assert rows[-1]["accuracy"] > 0.2
-
-
 def test_the_benchmark_of_forward_prints_a_row_for_each_width(tmp_path):
     arguments = ["--batch_size", 1, "--heads", 1, 2, "--rounds", 1, "--device", "cpu", "--json", tmp_path / "rows.json"]
     result = run("benchmark_forward.py", *arguments)
@@ -173,3 +159,69 @@ def test_the_benchmark_of_loading_prints_a_row_for_each_way():
     result = run("benchmark_loading.py", "--rounds", 1)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("num_attention_heads=3") == 2
+
+
+def test_the_recipe_of_the_paper_streams_parquet_files_of_any_data_set(tmp_path):
+    digits = load_digits()
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for index in range(2):
+        digits["train"].shard(2, index).to_parquet(shards / f"train-{index:05d}-of-00002.parquet")
+    digits["test"].to_parquet(shards / "test-00000-of-00001.parquet")
+    sizes = ["--num_attention_heads", 4, "--num_hidden_layers", 1, "--image_size", 16, "--patch_size", 8]
+    run_options = ["--per_device_train_batch_size", 16, "--num_workers", 2, "--max_train_steps", 5]
+    options = ["--config", EXAMPLES / "imagenet1k.yaml", "--data_dir", shards, "--streaming", "--steps_per_epoch", 3]
+    result = run("train_accelerate.py", *options, *sizes, *run_options, "--output_dir", tmp_path / "run")
+    assert result.returncode == 0, result.stderr[-3000:]
+    settings = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert settings["ema_decay"] == "0.99996" and settings["steps_per_epoch"] == "3"
+    assert HydraViTForImageClassification.from_pretrained(tmp_path / "run").config.drop_path_rate == 0.1
+    too_long = ["--steps_per_epoch", 30, "--max_train_steps", 30, "--per_device_train_batch_size", 64]
+    result = run(
+        "train_accelerate.py", *options, *sizes, *run_options, *too_long, "--output_dir", tmp_path / "too_long"
+    )
+    assert result.returncode != 0
+    assert "ValueError: The stream ended after 22 of 30 steps" in result.stderr
+
+
+def test_an_argument_that_no_one_knows_is_refused_in_a_configuration_file(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("learning_rat: 0.1\n")
+    result = run("train_accelerate.py", "--config", tmp_path / "recipe.yaml")
+    assert result.returncode == 2
+    assert "learning_rat" in result.stderr.splitlines()[-1]
+
+
+def test_the_benchmark_of_a_step_prints_a_row_for_each_optimizer():
+    result = run("benchmark_step.py", "--heads", 1, "--batch_size", 1, "--rounds", 1)
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = [line.split("|") for line in result.stdout.splitlines() if line.startswith("| 1 |")]
+    assert [row[2].strip() for row in rows] == ["stock ViT, AdamW", "HydraViT, AdamW", "HydraViT, PrefixAdamW"]
+
+
+def test_the_tables_of_the_width_study_are_those_of_its_measurements(tmp_path):
+    docs = EXAMPLES.parent / "docs"
+    shutil.copy(docs / "width_study.json", tmp_path)
+    result = run("width_study.py", "--report", "--output_dir", tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    lines = [line for line in result.stdout.splitlines() if line.startswith("|")]
+    text = (docs / "training.md").read_text()
+    assert len(lines) > 30
+    assert all(line in text for line in lines)
+    with Image.open(tmp_path / "width_study.png") as plot:
+        assert plot.format == "PNG"
+
+
+def test_the_width_study_trains_what_it_says(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    study = importlib.import_module("width_study")
+    monkeypatch.setitem(study.DATA, "digits", (*study.DATA["digits"][:3], 1, 1e-3))
+    threads = torch.get_num_threads()
+    alone = [study.train("digits", seed=0, heads=[num_heads]) for num_heads in study.HEADS]
+    total = sum(run["macs"] for run in alone)
+    for name in ("MatFormer", "open sandwich, distilled"):
+        options = {"seed": 0, "heads": study.HEADS, **study.STRATEGIES[name]}
+        quarter = study.train("digits", share=0.25, **options)
+        assert quarter["macs"] == pytest.approx(total / 4, rel=0.05)
+        assert len(quarter["accuracy"]) == len(study.HEADS)
+        assert study.train("digits", **options)["steps"] == alone[0]["steps"] == 22
+    torch.set_num_threads(threads)

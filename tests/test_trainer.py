@@ -198,7 +198,6 @@ def test_with_default_arguments_every_width_is_evaluated_as_by_evaluate_subnetwo
 
 
 def test_the_widths_to_evaluate_can_be_chosen(make_trainer, digits):
-    logging.set_verbosity_error()  # of widths that are not trained
     trainer = make_trainer(eval_num_heads=[4, 1])
     metrics = own(trainer.evaluate())
     assert metrics == pytest.approx(metrics_of(trainer.model, digits["test"], [4, 1]), rel=1e-5)
@@ -551,6 +550,14 @@ def test_a_checkpoint_that_was_not_saved_whole_is_skipped_and_none_is_an_error(m
         make_trainer(folder="new").train(resume_from_checkpoint=True)
 
 
+def test_a_checkpoint_is_resumed_with_averaged_weights_if_and_only_if_it_has_them(make_trainer, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    for folder, saved, resumed in (("with", 0.9, 0.0), ("without", 0.0, 0.9)):
+        make_trainer(folder=folder, ema_decay=saved, **options).train()
+        with pytest.raises(ValueError, match="`ema_decay` must be"):
+            make_trainer(folder=folder, ema_decay=resumed, **options).train(str(tmp_path / folder / "checkpoint-2"))
+
+
 # What can't be trained with
 
 
@@ -603,6 +610,18 @@ def test_arguments_of_the_stock_trainer_are_an_error(tmp_path):
 def test_functions_that_would_not_be_called_are_an_error(make_trainer, functions, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(trainer=functions)
+
+
+def test_only_an_optimizer_of_its_own_freezes_unused_weights(make_trainer):
+    model = make_model()
+    kinds = {
+        "optimizers": (torch.optim.SGD(model.parameters()), None),
+        "optimizer_cls_and_kwargs": (torch.optim.SGD, {}),
+    }
+    for name, kind in kinds.items():
+        make_trainer(model, trainer={name: kind})
+        with pytest.raises(ValueError, match="`freeze_unused_weights` brings an optimizer of its own"):
+            make_trainer(model, trainer={name: kind}, freeze_unused_weights=True)
 
 
 @pytest.mark.parametrize("problem_type", ["regression", "multi_label_classification"])
