@@ -59,7 +59,7 @@ def parse_args():
     data.add_argument("--dataset_name", help="a dataset id of the Hub")
     data.add_argument("--data_dir", help="a local folder of images, or of parquet files")
     data.add_argument("--streaming", action="store_true", help="read the images while training; no copy is made")
-    data.add_argument("--steps_per_epoch", type=int, help="of a stream, where its length is unknown")
+    data.add_argument("--steps_per_epoch", type=int, help="of a stream, whose length is unknown")
     data.add_argument("--num_workers", type=int, default=0, help="processes that load images")
     model = parser.add_argument_group("model (default: a new one)")
     model.add_argument("--model_name_or_path", help="start from this HydraViT")
@@ -126,8 +126,8 @@ def parse_args():
         parser.error("give --model_name_or_path or --from_vit, not both")
     if args.checkpointing_steps not in (None, "epoch") and not str(args.checkpointing_steps).isdigit():
         parser.error("--checkpointing_steps must be a number or 'epoch'")
-    if args.streaming and args.dataset_name is None and args.data_dir is None:
-        parser.error("--streaming needs --dataset_name or --data_dir")
+    if args.streaming and (args.steps_per_epoch is None or (args.dataset_name is None and args.data_dir is None)):
+        parser.error("--streaming needs --dataset_name or --data_dir, and --steps_per_epoch")
     return args, SubnetworkArguments(**{name: getattr(args, name) for name in SubnetworkArguments.__dataclass_fields__})
 
 

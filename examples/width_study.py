@@ -36,10 +36,12 @@ DATA = {  # how to load it, image size, patch size, epochs, learning rate
     "digits": (load_digits, 8, 2, 30, 1e-3),
     "mnist": (load_mnist, 28, 7, 12, 2e-3),
 }
+WEIGHTS = [3.0] + [1.0] * 9  # 3 heads three times as often as each of the others
 STRATEGIES = {
     "uniform": {"sampling": "uniform"},
     "uniform, unused weights frozen": {"sampling": "uniform", "freeze": True},
-    "weighted, 3 heads three times": {"weights": [3.0] + [1.0] * 9},
+    "weighted, 3 heads three times": {"weights": WEIGHTS},
+    "weighted, unused weights frozen": {"weights": WEIGHTS, "freeze": True},
     "sandwich": {"sampling": "sandwich"},
     "sandwich, distilled": {"sampling": "sandwich", "distillation": 0.5},
     "open sandwich, distilled": {"sampling": "open_sandwich", "draws": 2, "distillation": 0.5},
@@ -48,8 +50,8 @@ STRATEGIES = {
 }
 STYLES = {  # what is plotted
     ("a model for each width", "epochs"): {"color": "0.35", "marker": "s", "linestyle": "--"},
-    ("open sandwich, distilled", "compute"): {"color": "#4338ca", "marker": "o"},
-    ("uniform", "compute"): {"color": "#0891b2", "marker": "o"},
+    ("uniform, unused weights frozen", "compute"): {"color": "#4338ca", "marker": "o"},
+    ("sandwich, distilled", "compute"): {"color": "#0891b2", "marker": "o"},
     ("SortedNet", "compute"): {"color": "#d97706", "marker": "^"},
     ("MatFormer", "compute"): {"color": "#be185d", "marker": "v"},
 }
@@ -85,15 +87,26 @@ class MatFormer(HydraViTForImageClassification):
         return super().forward(pixel_values, num_heads_active=full)
 
 
-def count(model, num_heads: int) -> int:
+def count(config: HydraViTConfig, num_heads: int, matformer: bool = False) -> int:
     """Multiply-accumulates of an image."""
-    config = model.config
-    if not isinstance(model, MatFormer):
+    if not matformer:
         return count_macs(config, num_heads)
     full = config.num_attention_heads
     tokens = 1 + config.patch_grid[0] * config.patch_grid[1]
     unused = (1 - num_heads / full) * 2 * config.mlp_ratio * config.hidden_size**2
     return count_macs(config, full) - round(config.num_hidden_layers * tokens * unused)
+
+
+def make_config(data: str, heads: list[int], weights: list[float] | None = None) -> HydraViTConfig:
+    _, image_size, patch_size, *_ = DATA[data]
+    return HydraViTConfig(
+        **SIZES,
+        num_attention_heads=heads[-1],
+        image_size=image_size,
+        patch_size=patch_size,
+        subnetwork_heads=heads,
+        subnetwork_weights=weights,
+    )
 
 
 def load(name: str) -> tuple[TensorDataset, TensorDataset]:
@@ -125,16 +138,17 @@ def train(
     """
     torch.set_num_threads(1)
     (images, labels), (test_images, test_labels) = (split.tensors for split in load(data))
-    _, image_size, patch_size, epochs, learning_rate = DATA[data]
+    *_, epochs, learning_rate = DATA[data]
     per_epoch = len(images) // BATCH
     # 1. The model
-    sizes = SIZES | {"num_attention_heads": heads[-1], "image_size": image_size, "patch_size": patch_size}
     torch.manual_seed(seed)
-    config = HydraViTConfig(**sizes, subnetwork_heads=heads, subnetwork_weights=weights)
+    config = make_config(data, heads, weights)
     model = (MatFormer if matformer else HydraViTForImageClassification)(config).train()
     # 2. The widths of its steps, which are known in advance, and so their cost: backward is twice forward
     steps = [sample_subnetworks(config, seed, number, sampling, draws) for number in range(10 * epochs * per_epoch)]
-    costs = np.cumsum([3 * BATCH * sum(count(model, num_heads) for num_heads in widths) for widths in steps])
+    costs = np.cumsum(
+        [3 * BATCH * sum(count(config, num_heads, matformer) for num_heads in widths) for widths in steps]
+    )
     length = epochs * per_epoch
     if share is not None:
         ten = 3 * BATCH * sum(count_macs(config, num_heads) for num_heads in HEADS)
@@ -219,6 +233,8 @@ def summarise(results: dict[str, dict], data: str) -> list[dict]:
             {"method": method, "budget": budget, "accuracy": accuracy} | {k: runs[0][k] for k in ("steps", "macs")}
         )
     for row in rows:
+        matformer = row["method"] == "MatFormer"
+        row["macs_of_image"] = [count(make_config(data, HEADS), num_heads, matformer) / 1e6 for num_heads in HEADS]
         row["share"] = row["macs"] / alone["macs"]
         row["worst"] = (row["accuracy"].mean(0) - alone["accuracy"].mean(0)).min()
     return rows
@@ -238,7 +254,7 @@ def format_rows(rows: list[dict]) -> str:
 
 
 def plot(rows_of_data: dict[str, list[dict]], path: Path):
-    """Accuracy over heads at a quarter of the compute, beside the models of their own."""
+    """Accuracy over MACs of training at a quarter of the compute, beside a model for each width."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
@@ -249,9 +265,10 @@ def plot(rows_of_data: dict[str, list[dict]], path: Path):
                 continue
             mean, spread = row["accuracy"].mean(0), row["accuracy"].std(0, ddof=1)
             label = f"{row['method']}, {row['share']:.0%} of the compute"
-            axes.plot(HEADS, mean, label=label, **style)
-            axes.fill_between(HEADS, mean - spread, mean + spread, color=style["color"], alpha=0.12, linewidth=0)
-        axes.set(xlabel="heads", ylabel="accuracy, %", title=f"{data}: mean and deviation of the seeds", xticks=HEADS)
+            macs = row["macs_of_image"]
+            axes.plot(macs, mean, label=label, **style)
+            axes.fill_between(macs, mean - spread, mean + spread, color=style["color"], alpha=0.12, linewidth=0)
+        axes.set(xlabel="million MACs per image", ylabel="accuracy, %", title=f"{data}: mean and deviation of seeds")
         axes.grid(color="0.92")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
