@@ -365,6 +365,7 @@ def main():
         if args.push_to_hub:
             ignored = ["checkpoint-*", "_*", "run.json"]
             HfApi().upload_folder(repo_id=repo_id, folder_path=args.output_dir, ignore_patterns=ignored)
+    accelerator.wait_for_everyone()  # none leaves while gloo's threads are busy: torch can deadlock there
     accelerator.end_training()
 
 

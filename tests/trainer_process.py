@@ -52,6 +52,7 @@ def main(output_dir: str, augment: bool = False, resume: bool = False, model: di
     if trainer.is_world_process_zero():
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         (Path(output_dir) / "figures.json").write_text(json.dumps({"losses": losses, "metrics": metrics}))
+    trainer.accelerator.wait_for_everyone()  # none leaves while gloo's threads are busy: torch can deadlock there
 
 
 if __name__ == "__main__":
