@@ -358,9 +358,10 @@ def main():
     accelerator.log({f"{row['num_heads']}_heads_accuracy": row["accuracy"] for row in rows}, step=step)
     if accelerator.is_main_process:
         (args.output_dir / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
-        plot_accuracy(rows, args.output_dir / "accuracy_over_macs.png", "Accuracy on held-out images")
+        held_out = "held-out images" if args.streaming else f"{len(test_images)} held-out images"
+        plot_accuracy(rows, args.output_dir / "accuracy_over_macs.png", f"Accuracy on {held_out}")
         mean = sum(row["accuracy"] for row in rows) / len(rows)
-        print(f"\n{format_table(rows)}\n\nMean accuracy over the widths: {mean:.2%}, on held-out images")
+        print(f"\n{format_table(rows)}\n\nMean accuracy over the widths: {mean:.2%}, on {held_out}")
         print(f"Saved the checkpoint, results.json and accuracy_over_macs.png to {args.output_dir}")
         if args.push_to_hub:
             ignored = ["checkpoint-*", "_*", "run.json"]
