@@ -84,7 +84,7 @@ for num_heads in args.heads:
         passes, updates = (1e3 * statistics.median(part) for part in zip(*measured, strict=True))
         steps = [sum(elapsed) for elapsed in measured]
         ratio = statistics.median(step / base for step, base in zip(steps, baseline, strict=True))
-        share = statistics.median(update / sum((first, update)) for first, update in measured)
+        share = statistics.median(update / step for (_, update), step in zip(measured, steps, strict=True))
         step = 1e3 * statistics.median(steps)
         rows.append({"num_heads": num_heads, "model": name, "passes_ms": passes, "optimizer_ms": updates})
         rows[-1] |= {"step_ms": step, "ratio": ratio, "optimizer_share": share}

@@ -146,9 +146,8 @@ def train(
     model = (MatFormer if matformer else HydraViTForImageClassification)(config).train()
     # 2. The widths of its steps, which are known in advance, and so their cost: backward is twice forward
     steps = [sample_subnetworks(config, seed, number, sampling, draws) for number in range(10 * epochs * per_epoch)]
-    costs = np.cumsum(
-        [3 * BATCH * sum(count(config, num_heads, matformer) for num_heads in widths) for widths in steps]
-    )
+    macs = {num_heads: 3 * BATCH * count(config, num_heads, matformer) for num_heads in heads}
+    costs = np.cumsum([sum(macs[num_heads] for num_heads in widths) for widths in steps])
     length = epochs * per_epoch
     if share is not None:
         ten = 3 * BATCH * sum(count_macs(config, num_heads) for num_heads in HEADS)

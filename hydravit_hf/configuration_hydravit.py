@@ -103,8 +103,7 @@ class HydraViTConfig(PreTrainedConfig):
     @property
     def patch_grid(self) -> tuple[int, int]:
         """Rows and columns of patches of an image of `image_size`."""
-        (height, width), (patch_height, patch_width) = as_pair(self.image_size), as_pair(self.patch_size)
-        return height // patch_height, width // patch_width
+        return grid_of(self.image_size, self.patch_size)
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
@@ -221,6 +220,12 @@ class HydraViTConfig(PreTrainedConfig):
 def as_pair(size) -> tuple[int, int]:
     """(height, width) of a size given as one number or as a pair."""
     return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+
+
+def grid_of(image_size, patch_size) -> tuple[int, int]:
+    """Rows and columns of the patches of an image, both sizes given as one number or as a pair."""
+    (height, width), (patch_height, patch_width) = as_pair(image_size), as_pair(patch_size)
+    return height // patch_height, width // patch_width
 
 
 def _is_number(value) -> bool:

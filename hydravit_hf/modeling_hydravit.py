@@ -59,7 +59,7 @@ from transformers.utils import (
 )
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_hydravit import HydraViTConfig, as_pair
+from .configuration_hydravit import HydraViTConfig, as_pair, grid_of
 
 logger = logging.get_logger(__name__)
 
@@ -166,8 +166,7 @@ class HydraViTEmbeddings(nn.Module):
         cls_token = self.cls_token[..., :width].expand(len(patches), -1, -1)
         position_embeddings = self.position_embeddings[..., :width]
         if interpolate_pos_encoding:
-            (height, width), (patch_height, patch_width) = pixel_values.shape[2:], self.patch_embeddings.patch_size
-            grid = (height // patch_height, width // patch_width)
+            grid = grid_of(tuple(pixel_values.shape[2:]), self.patch_embeddings.patch_size)
             position_embeddings = interpolate_positions(position_embeddings, self.patch_grid, grid)
         return self.dropout(torch.cat((cls_token, patches), dim=1) + position_embeddings)
 
@@ -453,8 +452,7 @@ class HydraViTPreTrainedModel(PreTrainedModel):
             mlp_ratio=vit.config.intermediate_size // vit.config.hidden_size,
             **shared | config_kwargs,
         )
-        sizes = zip(as_pair(vit.config.image_size), as_pair(vit.config.patch_size), strict=True)
-        grid = tuple(side // patch for side, patch in sizes)
+        grid = grid_of(vit.config.image_size, vit.config.patch_size)
         model = cls(config)
         blocks = _leading_blocks(_vit_tensors(vit, config), config)
         model.load_state_dict(_grow(model, _at_grid(blocks, grid, config.patch_grid)))
