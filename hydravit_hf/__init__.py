@@ -1,21 +1,29 @@
 """HydraViT for transformers: one Vision Transformer, one checkpoint, any number of attention heads.
 
-Importing the package registers its classes with `AutoConfig`, `AutoModel` and `AutoModelForImageClassification`.
+Importing the package registers its classes with `AutoConfig`, `AutoModel`, `AutoModelForImageClassification` and
+`AutoBackbone`, and its pipeline as the task "hydravit-image-classification".
 """
 
 from importlib import import_module
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_hydravit import HydraViTConfig
-from .modeling_hydravit import HydraViTForImageClassification, HydraViTModel
+from .modeling_hydravit import HydraViTBackbone, HydraViTForImageClassification, HydraViTModel
+from .pipeline_hydravit import TASK, HydraViTImageClassificationPipeline
 
 AutoConfig.register("hydravit", HydraViTConfig)
 AutoModel.register(HydraViTConfig, HydraViTModel)
 AutoModelForImageClassification.register(HydraViTConfig, HydraViTForImageClassification)
+AutoBackbone.register(HydraViTConfig, HydraViTBackbone)
+PIPELINE_REGISTRY.register_pipeline(
+    TASK, HydraViTImageClassificationPipeline, AutoModelForImageClassification, type="image"
+)
 
 # Functions and their files, imported when they are first used: some need the extras, and one file is also a command
 _FUNCTIONS = {
+    "choose_num_heads": "profiling",
     "convert_original_checkpoint": "convert_checkpoint",
     "count_macs": "profiling",
     "count_parameters": "profiling",
@@ -23,10 +31,18 @@ _FUNCTIONS = {
     "HydraViTTrainingArguments": "trainer",
     "evaluate_subnetworks": "evaluation",
     "make_image_processor": "image_processing",
+    "profile_subnetworks": "profiling",
     "sample_subnetworks": "training",
 }
 
-__all__ = ["HydraViTConfig", "HydraViTForImageClassification", "HydraViTModel", *_FUNCTIONS]
+__all__ = [
+    "HydraViTBackbone",
+    "HydraViTConfig",
+    "HydraViTForImageClassification",
+    "HydraViTImageClassificationPipeline",
+    "HydraViTModel",
+    *_FUNCTIONS,
+]
 
 
 def __getattr__(name: str):

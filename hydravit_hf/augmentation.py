@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch.utils.data import get_worker_info
 
-from .image_processing import with_channels
+from .pipeline_hydravit import with_channels
 
 MAX_MAGNITUDE, MAGNITUDE_STD = 10, 0.5
 RESAMPLING = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)

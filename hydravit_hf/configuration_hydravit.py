@@ -1,8 +1,8 @@
 # Copyright 2026 The hydravit_hf authors. Licensed under the Apache License, Version 2.0.
 """HydraViT configuration: one dial, the number of attention heads; every width is derived from it.
 
-This file and `modeling_hydravit.py` travel with each saved checkpoint as remote code, so they import the standard
-library, torch, transformers and each other only.
+This file, `modeling_hydravit.py` and `pipeline_hydravit.py` travel with each saved checkpoint as remote code, so they
+import the standard library, what transformers needs, and each other only.
 """
 
 import math
@@ -10,12 +10,14 @@ from bisect import bisect_left
 from itertools import pairwise
 
 from transformers import PreTrainedConfig
-from transformers.utils import logging
+from transformers.backbone_utils import BackboneConfigMixin
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, logging
 
 logger = logging.get_logger(__name__)
+_IS_REMOTE_CODE = __name__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}.")
 
 
-class HydraViTConfig(PreTrainedConfig):
+class HydraViTConfig(BackboneConfigMixin, PreTrainedConfig):
     """Configuration of a HydraViT (https://arxiv.org/abs/2409.17978), a Vision Transformer whose leading heads, with
     the matching leading channels of every layer, are working subnetworks. The defaults are the paper's: the shapes of
     DeiT-B/16 at 12 heads, DeiT-S/16 at 6 and DeiT-Ti/16 at 3.
@@ -42,6 +44,11 @@ class HydraViTConfig(PreTrainedConfig):
             need not add up to 1. None: uniform.
         separate_classifiers: Whether each of `subnetwork_heads` has a classifier of its own (paper, "separate
             classifiers") rather than the leading columns of one.
+        out_features, out_indices: Of `HydraViTBackbone`: the feature maps to give, by name ("stem", "stage1", ...) or
+            number; None: the last one.
+        apply_layernorm: Of `HydraViTBackbone`: whether the final layer norm is applied to the feature maps.
+        reshape_hidden_states: Of `HydraViTBackbone`: whether feature maps are images, (B, D, rows, columns), or all
+            tokens, (B, N, D).
 
     Raises:
         ValueError: An argument is out of its range, or `hidden_size` or `intermediate_size` is given and disagrees
@@ -68,9 +75,19 @@ class HydraViTConfig(PreTrainedConfig):
     subnetwork_heads: list[int] | None = None
     subnetwork_weights: list[float] | None = None
     separate_classifiers: bool = False
+    apply_layernorm: bool = True
+    reshape_hidden_states: bool = True
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
 
-    def __post_init__(self, hidden_size=None, intermediate_size=None, **kwargs):
+    def __post_init__(
+        self, hidden_size=None, intermediate_size=None, out_features=None, out_indices=None, stage_names=None, **kwargs
+    ):
         self._check_sizes()
+        if not _IS_REMOTE_CODE:  # where the package is installed, its pipeline is registered and comes first
+            kwargs.pop("custom_pipelines", None)
+        self.stage_names = ["stem", *(f"stage{number}" for number in range(1, self.num_hidden_layers + 1))]
+        self.set_output_features_output_indices(out_features, out_indices)
         for name, given in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
             if given is not None and given != getattr(self, name):
                 raise ValueError(
@@ -115,13 +132,24 @@ class HydraViTConfig(PreTrainedConfig):
                 "use HydraViTForImageClassification.from_vit."
             )
         num_attention_heads = kwargs.pop("num_attention_heads", None)
-        derived = {name: kwargs.pop(name) for name in ("hidden_size", "intermediate_size") if name in kwargs}
+        # Known before the rest is derived from them, or checked against it
+        first = ("hidden_size", "intermediate_size", "num_hidden_layers")
+        first = {name: kwargs.pop(name) for name in first if name in kwargs}
         if num_attention_heads is not None:
             config_dict = cls(**config_dict).resized(num_attention_heads).to_dict()
         return_unused_kwargs = kwargs.pop("return_unused_kwargs", False)
-        config, unused = super().from_dict({**config_dict, **derived}, return_unused_kwargs=True, **kwargs)
+        config, unused = super().from_dict({**config_dict, **first}, return_unused_kwargs=True, **kwargs)
         config.validate()
         return (config, unused) if return_unused_kwargs else config
+
+    def to_dict(self):
+        """As in transformers, without what follows from other values: the names of the layers, and the last one as
+        the output of a backbone."""
+        values = super().to_dict()
+        stage_names = values.pop("stage_names", None)
+        if stage_names and values["out_features"] == stage_names[-1:]:
+            del values["out_features"], values["out_indices"]
+        return values
 
     def resized(self, num_attention_heads: int) -> "HydraViTConfig":
         """This configuration with another number of heads held.

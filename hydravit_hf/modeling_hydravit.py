@@ -44,8 +44,9 @@ from transformers import (
     initialization,
 )
 from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import (
@@ -60,6 +61,7 @@ from transformers.utils import (
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_hydravit import HydraViTConfig, as_pair, grid_of
+from .pipeline_hydravit import TASK, HydraViTImageClassificationPipeline
 
 logger = logging.get_logger(__name__)
 
@@ -278,6 +280,14 @@ _AUTO_MAP = {
     "AutoConfig": "configuration_hydravit.HydraViTConfig",
     "AutoModel": "modeling_hydravit.HydraViTModel",
     "AutoModelForImageClassification": "modeling_hydravit.HydraViTForImageClassification",
+    "AutoBackbone": "modeling_hydravit.HydraViTBackbone",
+}
+_CUSTOM_PIPELINES = {
+    TASK: {
+        "impl": f"pipeline_hydravit.{HydraViTImageClassificationPipeline.__name__}",
+        "pt": ["AutoModelForImageClassification"],
+        "type": "image",
+    }
 }
 
 
@@ -364,7 +374,7 @@ class HydraViTPreTrainedModel(PreTrainedModel):
         The files are written aside and then moved into place, the weights last, so that a save that is interrupted
         at any moment leaves the checkpoint that was there.
         """
-        self.config.auto_map = dict(_AUTO_MAP)
+        self.config.auto_map, self.config.custom_pipelines = dict(_AUTO_MAP), dict(_CUSTOM_PIPELINES)
         if not is_main_process or variant is not None or kwargs.get("distributed_checkpoint"):
             kwargs |= {"is_main_process": is_main_process, "push_to_hub": push_to_hub, "variant": variant}
             return super().save_pretrained(save_directory, **kwargs)
@@ -521,6 +531,67 @@ class HydraViTModel(HydraViTPreTrainedModel):
         if not torch.compiler.is_compiling():
             config.warn_if_untrained(num_heads)
         return num_heads
+
+
+class HydraViTBackbone(BackboneMixin, HydraViTModel):
+    """The encoder as the backbone of a dense head, such as UPerNet, DPT or Mask2Former: feature maps of its layers.
+
+    Its width is `config.num_heads_active` (None: all heads), in training too, as the head that sits on it is made for
+    one number of channels. A head that reads `backbone_config.hidden_size`, as DPT's does, needs a backbone that holds
+    no more than it runs: `num_attention_heads=k` rather than `num_heads_active=k`.
+    """
+
+    def __init__(self, config: HydraViTConfig):
+        super().__init__(config)
+        width = (config.num_heads_active or config.num_attention_heads) * config.head_dim
+        self.num_features = [width] * len(self.stage_names)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        num_heads_active: int | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BackboneOutput:
+        """Give the feature maps of the layers in `config.out_features`.
+
+        Args:
+            pixel_values: Images of any multiple of the patch size, (B, C, H, W); the position embeddings are
+                interpolated where it is not `config.image_size`.
+            num_heads_active: Heads to run, instead of `config.num_heads_active`.
+            output_hidden_states: Whether to give all hidden states too.
+            kwargs: `output_attentions`, `return_dict`.
+
+        Returns:
+            `feature_maps`: one (B, D, H / patch, W / patch) for each layer asked for, or, without
+            `config.reshape_hidden_states`, (B, N, D) with the class token; `hidden_states`, `attentions`.
+        """
+        config = self.config
+        if num_heads_active is None:
+            num_heads_active = config.num_heads_active or config.num_attention_heads
+        outputs = HydraViTModel.forward(
+            self,
+            pixel_values,
+            num_heads_active=num_heads_active,
+            interpolate_pos_encoding=True,
+            output_hidden_states=True,
+            **kwargs | {"return_dict": True},
+        )
+        grid = grid_of(pixel_values.shape[-2:], config.patch_size)
+        feature_maps = []
+        for index in self.out_indices:
+            tokens = outputs.hidden_states[index]
+            if config.apply_layernorm:
+                tokens = self.layernorm(tokens)
+            if config.reshape_hidden_states:
+                tokens = tokens[:, 1:].transpose(1, 2).unflatten(2, grid)
+            feature_maps.append(tokens)
+        return BackboneOutput(
+            feature_maps=tuple(feature_maps),
+            hidden_states=outputs.hidden_states if output_hidden_states else None,
+            attentions=outputs.attentions,
+        )
 
 
 class HydraViTForImageClassification(HydraViTPreTrainedModel):
@@ -828,5 +899,6 @@ def _move_checkpoint(staging: Path, directory: Path):
 
 HydraViTModel.register_for_auto_class("AutoModel")
 HydraViTForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+HydraViTBackbone.register_for_auto_class("AutoBackbone")
 
-__all__ = ["HydraViTForImageClassification", "HydraViTModel", "HydraViTPreTrainedModel"]
+__all__ = ["HydraViTBackbone", "HydraViTForImageClassification", "HydraViTModel", "HydraViTPreTrainedModel"]

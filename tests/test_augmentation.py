@@ -25,7 +25,8 @@ from hydravit_hf.augmentation import (
     draw_rectangle,
 )
 from hydravit_hf.data import load_digits
-from hydravit_hf.image_processing import make_image_processor, with_channels
+from hydravit_hf.image_processing import make_image_processor
+from hydravit_hf.pipeline_hydravit import with_channels
 
 OFF = {"crop_scale": (1.0, 1.0), "flip": 0.0, "rand_augment_magnitude": 0, "random_erasing": 0.0}
 # Newer Pythons warn of a fork beside threads, torch of a machine of one core

@@ -72,6 +72,7 @@ def test_a_checkpoint_saved_from_any_of_them_loads_again_everywhere(any_model, f
             "config.json",
             "model.safetensors",
             "configuration_hydravit.py",
+            "pipeline_hydravit.py",
             "modeling_hydravit.py",
         }
         for loaded in (

@@ -6,6 +6,8 @@ import sys
 import pytest
 import torch
 
+from hydravit_hf.image_processing import make_image_processor
+
 WITHOUT_THE_PACKAGE = """
 import importlib.abc, sys
 
@@ -16,12 +18,14 @@ class NoPackage(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, NoPackage())
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, ViTForImageClassification
-from transformers import ViTConfig
+from PIL import Image
+from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
+from transformers import ViTForImageClassification, pipeline
 
 folder, again = sys.argv[1:]
 expected = torch.load(f"{folder}/expected.pt", weights_only=True)
 images = expected.pop("images")
+image = Image.radial_gradient("L").convert("RGB")
 trust = {"trust_remote_code": True}
 load = AutoModelForImageClassification.from_pretrained
 
@@ -59,6 +63,23 @@ narrow.save_pretrained(again, max_shard_size="20KB")
 check(load(again, num_attention_heads=3, **trust)(images).logits, 3)
 assert AutoModel.from_pretrained(again, **trust)(images).pooler_output.shape == (3, 32)
 
+# in pipelines: ours by its name, or where no task is named, at a width of each call; the stock one at one width
+for path, heads in ((folder, range(1, 7)), (again, range(1, 5))):
+    for task in ("hydravit-image-classification", None):
+        pipe = pipeline(task, path, image_processor=folder, **trust)
+        assert type(pipe).__name__ == "HydraViTImageClassificationPipeline"
+        pixel_values = pipe.image_processor(image, return_tensors="pt").pixel_values
+        for k in heads:
+            score = full(pixel_values, num_heads_active=k).logits.softmax(-1).max().item()
+            assert abs(pipe(image, num_heads_active=k)[0]["score"] - score) < 1e-5
+stock = pipeline("image-classification", folder, model_kwargs={"num_attention_heads": 6}, **trust)
+assert abs(stock(image)[0]["score"] - full(pixel_values).logits.softmax(-1).max().item()) < 1e-5
+
+# as a backbone
+config = AutoConfig.from_pretrained(folder, num_attention_heads=3, out_features=["stage1", "stage2"], **trust)
+backbone = AutoBackbone.from_config(config, **trust)
+assert backbone.channels == [24, 24] and len(backbone(images).feature_maps) == 2
+
 # and it trains
 loss = full.train()(images, labels=torch.tensor([0, 1, 2])).loss
 loss.backward()
@@ -73,6 +94,7 @@ def test_a_folder_loads_where_the_package_is_not_installed(
 ):
     model = make_model(separate_classifiers=separate_classifiers)
     model.save_pretrained(tmp_path / "saved")
+    make_image_processor(model.config).save_pretrained(tmp_path / "saved")
     expected = {k: model(images, num_heads_active=k).logits.detach() for k in range(1, 7)}
     torch.save({"images": images, **expected}, tmp_path / "saved" / "expected.pt")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
@@ -91,4 +113,5 @@ def test_a_folder_loads_where_the_package_is_not_installed(
     assert {file.name for file in (tmp_path / "again").glob("*.py")} == {
         "configuration_hydravit.py",
         "modeling_hydravit.py",
+        "pipeline_hydravit.py",
     }
