@@ -25,6 +25,7 @@ PIPELINE_REGISTRY.register_pipeline(
 _FUNCTIONS = {
     "choose_num_heads": "profiling",
     "convert_original_checkpoint": "convert_checkpoint",
+    "create_model_card": "model_card",
     "count_macs": "profiling",
     "count_parameters": "profiling",
     "HydraViTTrainer": "trainer",

@@ -124,28 +124,38 @@ def _infer_config(weights: dict[str, torch.Tensor], config: dict) -> HydraViTCon
     )
 
 
-def main(arguments: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, metavar="SRC", help="the original's .pth.tar file")
-    parser.add_argument("folder", type=Path, metavar="DST", help="the folder to save to; new or empty")
-    parser.add_argument("--no_ema", action="store_true", help="take the last weights, not the averaged ones")
-    args = parser.parse_args(arguments)
-    if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
-        parser.error(f"'{args.folder}' exists and is not an empty folder")
-    try:
-        original, trained_with = read_original_checkpoint(args.source, use_ema=not args.no_ema)
-        model = _convert(args.source, original, {})
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+def convert_and_save(path: str | Path, folder: str | Path, use_ema: bool = True) -> HydraViTForImageClassification:
+    """Convert an original training file and save the model, with the image processor that it was evaluated with.
+
+    Raises:
+        OSError, ValueError: As `convert_original_checkpoint`; or the folder exists and is not empty.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"'{folder}' exists and is not an empty folder.")
+    original, trained_with = read_original_checkpoint(path, use_ema)
+    model = _convert(path, original, {})
     statistics = {
         f"image_{name}": tuple(getattr(trained_with, name))
         for name in ("mean", "std")
         if getattr(trained_with, name, None)
     }
     processor = make_image_processor(model.config, crop_fraction=CROP_FRACTION, **statistics)
-    model.save_pretrained(args.folder)
-    processor.save_pretrained(args.folder)
-    config = model.config
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model
+
+
+def main(arguments: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, metavar="SRC", help="the original's .pth.tar file")
+    parser.add_argument("folder", type=Path, metavar="DST", help="the folder to save to; new or empty")
+    parser.add_argument("--no_ema", action="store_true", help="take the last weights, not the averaged ones")
+    args = parser.parse_args(arguments)
+    try:
+        config = convert_and_save(args.source, args.folder, use_ema=not args.no_ema).config
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
     print(
         f"Saved a {config.num_attention_heads}-head HydraViT with {config.num_hidden_layers} layers, for "
         f"{config.image_size}-pixel images and {config.num_labels} labels, to {args.folder}"

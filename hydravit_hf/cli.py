@@ -1,0 +1,276 @@
+"""The `hydravit` command: what the package does, from a shell."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from transformers.utils import logging
+
+app = typer.Typer(
+    help="One Vision Transformer, one checkpoint, any number of attention heads.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(help="A HydraViT: a folder or a Hub id.")]
+Heads = Annotated[
+    list[int] | None, typer.Option("--heads", help="A width; repeat for more. Default: the trained ones.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...  Default: cuda where there is one.")]
+Folder = Annotated[Path, typer.Argument(help="A saved HydraViT.")]
+
+
+@app.command()
+def profile(
+    model: Model,
+    heads: Heads = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of a forward pass.")] = 1,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...  Default: that of the weights.")] = None,
+    device: Device = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Passes of each width that are timed.")] = 30,
+    max_latency_ms: Annotated[float | None, typer.Option(help="Choose the widest within this latency.")] = None,
+    max_memory_mb: Annotated[float | None, typer.Option(help="Choose the widest within this memory.")] = None,
+    max_macs: Annotated[float | None, typer.Option(help="Choose the widest within these MACs per image.")] = None,
+    max_parameters: Annotated[float | None, typer.Option(help="Choose the widest within this size.")] = None,
+    as_json: Json = False,
+):
+    """What each width costs on this machine, and the widest that fits a budget."""
+    import torch
+
+    from .profiling import choose_num_heads, profile_subnetworks
+
+    if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"`--dtype` must be a floating-point type of torch, such as bfloat16, not '{dtype}'.")
+    rows = profile_subnetworks(
+        _load(model, device), heads, batch_size, dtype=dtype and getattr(torch, dtype), rounds=rounds
+    )
+    budgets = {"max_latency_ms": max_latency_ms, "max_memory_mb": max_memory_mb}
+    budgets |= {"max_macs": max_macs, "max_parameters": max_parameters}
+    budgets = {name: value for name, value in budgets.items() if value is not None}
+    chosen = choose_num_heads(rows, **budgets) if budgets else None
+    if as_json:
+        return _print_json({"rows": rows, "num_heads": chosen} if budgets else rows)
+    _print_rows(rows)
+    print(f"\nBatches of {batch_size}, {rows[0]['dtype']}, on {rows[0]['device']}")
+    if budgets:
+        print(f"The widest that fits: {chosen} heads")
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: Annotated[str, typer.Argument(help='A folder of images or parquet files, a Hub data set, or "digits".')],
+    heads: Heads = None,
+    split: Annotated[str, typer.Option(help="train or test")] = "test",
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    device: Device = None,
+    output: Annotated[Path | None, typer.Option(help="Also write the rows to this file, for `hydravit card`.")] = None,
+    as_json: Json = False,
+):
+    """How good each width is: accuracy and loss on labelled images."""
+    from transformers import AutoImageProcessor
+
+    from .data import check_labels, load_images, to_pixel_values
+    from .evaluation import evaluate_subnetworks
+    from .profiling import count_macs, count_parameters
+
+    loaded = _load(model, device)
+    sources = {} if data == "digits" else {"data_dir" if Path(data).is_dir() else "dataset_name": data}
+    splits = load_images(**sources)
+    if split not in splits:
+        raise ValueError(f"`--split` must be one of {', '.join(splits)}, not '{split}'.")
+    images = splits[split]
+    if loaded.config.id2label[0] != "LABEL_0":  # classes by their names, as two data sets may number them differently
+        images = _align_labels(images, loaded.config.label2id)
+    check_labels(images, loaded.config.num_labels)
+    images = images.with_transform(to_pixel_values(AutoImageProcessor.from_pretrained(model)))
+    rows = [
+        {
+            "num_heads": row["num_heads"],
+            "parameters": count_parameters(loaded.config, row["num_heads"]),
+            "macs": count_macs(loaded.config, row["num_heads"]),
+        }
+        | row
+        for row in evaluate_subnetworks(loaded, images, heads, batch_size)
+    ]
+    if output is not None:
+        output.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    if as_json:
+        return _print_json(rows)
+    _print_rows(rows)
+    print(f"\n{len(images)} images of {data}, {split}")
+
+
+@app.command()
+def predict(
+    model: Model,
+    images: Annotated[list[str], typer.Argument(help="Paths or URLs.")],
+    num_heads_active: Annotated[int | None, typer.Option(help="Heads to run. Default: the model's.")] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Labels for each image.")] = 5,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    device: Device = None,
+    as_json: Json = False,
+):
+    """Classify images. One that can't be read is reported, and the exit code is 1; the others are classified."""
+    from tqdm.auto import tqdm
+    from transformers import AutoImageProcessor, pipeline
+
+    from .pipeline_hydravit import TASK
+
+    classify = pipeline(TASK, _load(model, device), image_processor=AutoImageProcessor.from_pretrained(model))
+    options = {"num_heads_active": num_heads_active, "top_k": top_k, "batch_size": batch_size, "errors": "return"}
+    outputs = classify((image for image in images), **options)
+    outputs = list(tqdm(outputs, desc="Classifying", total=len(images), leave=False))
+    bad = [output["error"] for output in outputs if isinstance(output, dict)]
+    if as_json:
+        _print_json([{"image": image, "output": output} for image, output in zip(images, outputs, strict=True)])
+    else:
+        for image, output in zip(images, outputs, strict=True):
+            if isinstance(output, list):
+                print(f"{image}: " + ", ".join(f"{row['label']} {row['score']:.1%}" for row in output))
+    for error in bad:
+        print(f"error: {error}", file=sys.stderr)
+    if bad:
+        raise typer.Exit(1)
+
+
+@app.command()
+def extract(
+    model: Model,
+    num_heads: Annotated[int, typer.Argument(help="Heads to keep.")],
+    folder: Annotated[Path, typer.Argument(help="The folder to save to; new or empty.")],
+    vit: Annotated[bool, typer.Option("--vit", help="Save a stock ViT, which needs no custom code.")] = False,
+):
+    """Save the first heads of a model as a model of their own, with the image processor."""
+    from transformers import AutoImageProcessor
+
+    from . import HydraViTForImageClassification
+
+    _check_new(folder)
+    small = HydraViTForImageClassification.from_pretrained(model, num_attention_heads=num_heads)
+    processor = AutoImageProcessor.from_pretrained(model)
+    saved = small.to_vit() if vit else small
+    saved.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    print(
+        f"Saved {num_heads} heads, {saved.num_parameters() / 1e6:.2f} M parameters, as {type(saved).__name__}: {folder}"
+    )
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A .pth.tar file of the original implementation.")],
+    folder: Annotated[Path, typer.Argument(help="The folder to save to; new or empty.")],
+    no_ema: Annotated[bool, typer.Option("--no-ema", help="Take the last weights, not the averaged ones.")] = False,
+):
+    """Turn a training file of the original implementation into a saved HydraViT."""
+    from .convert_checkpoint import convert_and_save
+
+    config = convert_and_save(source, folder, use_ema=not no_ema).config
+    print(f"Saved {config.num_attention_heads} heads, {config.num_labels} labels: {folder}")
+
+
+@app.command()
+def card(
+    folder: Folder,
+    results: Annotated[
+        Path | None, typer.Option(help="Rows of `hydravit evaluate`. Default: the results.json there.")
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="Name of the model. Default: that of the folder.")] = None,
+    model_id: Annotated[
+        str | None, typer.Option(help="What the code of the card loads, a Hub id. Default: the title.")
+    ] = None,
+    dataset_name: Annotated[str, typer.Option(help="What the accuracy was measured on.")] = "held-out images",
+    dataset_id: Annotated[str | None, typer.Option(help="Its Hub id.")] = None,
+    training: Annotated[str | None, typer.Option(help="Training data and recipe, Markdown.")] = None,
+    license: Annotated[str, typer.Option(help="Licence of the weights.")] = "apache-2.0",
+    measure: Annotated[bool, typer.Option(help="Measure latency and memory on this machine.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the card that is there.")] = False,
+):
+    """Write the model card, README.md, and its plot into a checkpoint's folder."""
+    from .model_card import save_model_card
+    from .profiling import profile_subnetworks
+
+    if (folder / "README.md").exists() and not overwrite:
+        raise ValueError(f"'{folder / 'README.md'}' exists; give --overwrite to replace it.")
+    results = results or folder / "results.json"
+    if not results.is_file():
+        raise FileNotFoundError(f"There is no file '{results}'; `hydravit evaluate --output {results}` writes it.")
+    rows = json.loads(results.read_text(encoding="utf-8"))
+    model = _load(str(folder), None)
+    if measure:
+        costs = profile_subnetworks(model, [row["num_heads"] for row in rows])
+        rows = [row | cost for row, cost in zip(rows, costs, strict=True)]
+    options = {"model_id": model_id, "dataset_name": dataset_name, "dataset_id": dataset_id}
+    save_model_card(folder, model, rows, title or folder.resolve().name, training=training, license=license, **options)
+    print(f"Wrote README.md, results.json and accuracy_over_macs.png to {folder}")
+
+
+@app.command()
+def push(
+    folder: Folder,
+    repo_id: Annotated[str, typer.Argument(help="user/name")],
+    private: Annotated[bool | None, typer.Option(help="Of a new repository.")] = None,
+    revision: Annotated[str | None, typer.Option(help="A branch. Default: main.")] = None,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload HydraViT",
+):
+    """Publish a checkpoint's folder on the Hub, in one commit."""
+    from .hub import push_checkpoint
+
+    commit = push_checkpoint(folder, repo_id, private=private, revision=revision, commit_message=message)
+    print(commit.commit_url)
+
+
+def _load(model: str, device: str | None):
+    import torch
+
+    from . import HydraViTForImageClassification
+
+    try:
+        loaded = HydraViTForImageClassification.from_pretrained(model)
+    except OSError as error:
+        raise OSError(f"'{model}' could not be loaded: {error}") from error
+    return loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _align_labels(images, label2id: dict):
+    try:
+        return images.align_labels_with_mapping(label2id, "label")
+    except KeyError as error:
+        raise ValueError(f"The model has no label {error}, which is a class of the data set.") from error
+
+
+def _check_new(folder: Path):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"'{folder}' exists and is not an empty folder.")
+
+
+def _print_rows(rows: list[dict]):
+    from .reporting import format_table
+
+    print(format_table(rows))
+
+
+def _print_json(value):
+    print(json.dumps(value, indent=2))
+
+
+def main():
+    """Run the command. It exits with 0 where it did what was asked, 1 and one line on stderr where it couldn't, 2 after
+    wrong usage."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        app()
+    except ModuleNotFoundError as error:
+        sys.exit(f'error: {error}: pip install "hydravit_hf[train]"')
+    except (OSError, RuntimeError, ValueError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+if __name__ == "__main__":
+    main()

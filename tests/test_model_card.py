@@ -1,0 +1,184 @@
+"""A card is valid metadata, shows the numbers that it was given, and every line of its code runs."""
+
+import functools
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+from PIL import Image
+
+from hydravit_hf import HydraViTConfig, create_model_card
+from hydravit_hf.image_processing import make_image_processor
+from hydravit_hf.model_card import save_model_card
+from hydravit_hf.profiling import count_macs, count_parameters
+from hydravit_hf.reporting import format_table
+
+CARDS = Path(__file__).parents[1] / "model_cards"
+RELEASED = sorted(path.parent.name for path in CARDS.glob("*/README.md"))
+ROWS = [{"num_heads": heads, "accuracy": 0.9 + heads / 100, "top5_accuracy": 0.99} for heads in range(1, 7)]
+
+
+def code_blocks(card: ModelCard, language: str) -> list[str]:
+    tokens = MarkdownIt("commonmark").parse(card.text)
+    return [token.content for token in tokens if token.type == "fence" and token.info == language]
+
+
+def table_rows(text: str) -> list[list[str]]:
+    lines = re.findall(r"^\|(.*)\|$", text, flags=re.MULTILINE)
+    return [[cell.strip() for cell in line.split("|")] for line in lines]
+
+
+def counted_rows(config: HydraViTConfig) -> list[list[str]]:
+    """The first three columns of a card's table."""
+    rows = [
+        {"num_heads": heads, "parameters": count_parameters(config, heads), "macs": count_macs(config, heads)}
+        for heads in config.subnetwork_heads
+    ]
+    return table_rows(format_table(rows))[2:]
+
+
+def test_the_metadata_says_what_each_width_is_worth(model):
+    card = create_model_card(model, ROWS, "tiny", dataset_name="Made-up images", dataset_id="user/images")
+    card = ModelCard(str(card))  # as the client reads it
+    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "image-classification"
+    assert card.data.datasets == "user/images" and card.data.model_name == "tiny"
+    found = {result.metric_args["num_heads_active"]: result for result in card.data.eval_results}
+    assert found.keys() == {row["num_heads"] for row in ROWS}
+    for row in ROWS:
+        result = found[row["num_heads"]]
+        assert (result.metric_type, result.metric_value) == ("accuracy", pytest.approx(row["accuracy"]))
+        assert (result.dataset_type, result.dataset_name) == ("user/images", "Made-up images")
+        assert f"{row['num_heads']} heads" in result.metric_name
+
+
+def test_the_table_has_the_costs_of_each_width_and_the_machine_where_it_was_measured(model):
+    plain = create_model_card(model, ROWS, "tiny")
+    costs = [
+        {"num_heads": heads, "latency_ms": 2.5 * heads, "peak_memory_mb": 40.0, "throughput": 400.0}
+        | {"batch_size": 2, "device": "Abacus 3000", "dtype": "bfloat16"}
+        for heads in range(1, 7)
+    ]
+    card = create_model_card(model, [row | cost for row, cost in zip(ROWS, costs, strict=True)], "tiny")
+    assert table_rows(plain.text)[0] == ["heads", "parameters", "MACs", "accuracy", "top-5"]
+    assert table_rows(card.text)[0] == ["heads", "parameters", "MACs", "latency", "peak memory", "accuracy", "top-5"]
+    assert [row[:3] for row in table_rows(card.text)[2:]] == counted_rows(model.config)
+    assert "2 images, measured on Abacus 3000, bfloat16" in card.text and "measured on" not in plain.text
+
+
+def test_a_card_has_the_sections_that_it_was_given_words_for(make_model):
+    model = make_model(subnetwork_heads=[1, 2, 5], image_size=(16, 8))
+    card = create_model_card(model.config, ROWS[:2], "tiny", plot="plot.png", limits="Few images.", license="mit")
+    assert "](plot.png)" in card.text and "1, 2 and 5 heads" in card.text and "16 x 8" in card.text
+    assert "close to chance. Few images." in card.text and "## Training" not in card.text
+    assert card.data.license == "mit" and "{{" not in card.text and "{%" not in card.text and "\n\n\n" not in card.text
+    assert "## Training\n\nOn a whim.\n" in create_model_card(model, ROWS, "tiny", training="On a whim.").text
+
+
+@pytest.mark.parametrize("results", [[], [{"num_heads": 1}], [{"accuracy": 1.0}]])
+def test_results_without_widths_or_accuracies_are_refused(model, results):
+    with pytest.raises(ValueError, match="a row for each width"):
+        create_model_card(model, results, "tiny")
+
+
+def test_results_of_widths_that_the_model_does_not_hold_are_refused(model):
+    with pytest.raises(ValueError, match="from 1 to 6"):
+        create_model_card(model, [{"num_heads": 7, "accuracy": 1.0}], "tiny")
+
+
+@pytest.mark.parametrize("card", ["made here", *RELEASED])
+def test_every_block_of_code_runs(make_model, tmp_path, monkeypatch, card):
+    """On a small stand-in of the checkpoint, at the path that the card names."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    if card == "made here":
+        card = create_model_card(make_model(), ROWS, "tiny", model_id="user/tiny")
+    else:
+        card = ModelCard.load(CARDS / card / "README.md")
+    model = make_model(num_attention_heads=12, subnetwork_heads=None)
+    folder = Path(re.search('path = "(.*)"', card.text)[1])
+    model.save_pretrained(folder)
+    make_image_processor(model.config).save_pretrained(folder)
+    Image.radial_gradient("L").save("image.png")
+    names = {}
+    blocks = code_blocks(card, "python")
+    assert len(blocks) == 4
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"block {number + 1} of the card", "exec"), names)
+    narrow = card.data.eval_results[0].metric_args["num_heads_active"]
+    assert names["small"].config.num_attention_heads == narrow
+    assert type(names["vit"]).__name__ == "ViTForImageClassification"
+    assert len(names["features"][0]) == 8 * narrow
+    for block in code_blocks(card, "yaml"):
+        assert yaml.safe_load(block)
+    assert {token.info for token in MarkdownIt().parse(card.text) if token.type == "fence"} <= {
+        *("python", "yaml", "bash", "bibtex")
+    }
+
+
+def test_the_released_cards_are_as_they_are_made(tmp_path):
+    assert RELEASED == ["hydravit-base-patch16-224", "hydravit-digits"]
+    shutil.copy(CARDS / "make_cards.py", tmp_path)
+    sys.path.insert(0, str(tmp_path))
+    try:
+        import make_cards
+
+        make_cards.make_base_card(tmp_path / "base")
+    finally:
+        sys.path.remove(str(tmp_path))
+    made, released = (folder / "README.md" for folder in (tmp_path / "base", CARDS / "hydravit-base-patch16-224"))
+    assert made.read_text() == released.read_text()
+    for name in RELEASED:
+        card = ModelCard.load(CARDS / name / "README.md")
+        rows = json.loads((CARDS / name / "results.json").read_text())
+        metrics = [(result.metric_args["num_heads_active"], result.metric_value) for result in card.data.eval_results]
+        assert metrics == [(row["num_heads"], round(row["accuracy"], 5)) for row in rows]
+        assert (CARDS / name / "accuracy_over_macs.png").exists()
+
+
+def test_the_base_card_labels_its_numbers_as_the_authors():
+    card = ModelCard.load(CARDS / "hydravit-base-patch16-224" / "README.md")
+    assert "not measurements of ours" in card.text
+    assert {result.source_url for result in card.data.eval_results} == {"https://github.com/ds-kiel/HydraViT"}
+    assert [row[:3] for row in table_rows(card.text)[2:]] == counted_rows(HydraViTConfig(num_labels=1000))
+
+
+@functools.cache
+def browser() -> str | None:
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_a_card_renders_with_its_table_and_plot(tmp_path, name):
+    playwright = pytest.importorskip("playwright.sync_api")
+    if browser() is None:
+        pytest.skip("no Chromium to render it")
+    card = ModelCard.load(CARDS / name / "README.md")
+    style = "body { font: 16px sans-serif; max-width: 900px; margin: auto } td, th { padding: 4px 12px }"
+    html = f"<meta charset=utf-8><style>{style}</style>" + MarkdownIt("gfm-like", {"linkify": False}).render(card.text)
+    shutil.copy(CARDS / name / "accuracy_over_macs.png", tmp_path)
+    (tmp_path / "card.html").write_text(html, encoding="utf-8")
+    with playwright.sync_playwright() as driver:
+        arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        page = driver.chromium.launch(executable_path=browser(), args=arguments).new_page()
+        page.goto((tmp_path / "card.html").as_uri())
+        assert page.locator("h1").inner_text() == name
+        assert page.locator("tbody tr").count() == 10
+        assert page.locator("img").evaluate("image => image.naturalWidth") > 500
+        assert not re.search(r"\{\{|\*\*|```|\| *\|", page.locator("body").inner_text())
+        page.screenshot(path=tmp_path / "card.png", full_page=True)
+    with Image.open(tmp_path / "card.png") as shot:
+        assert shot.height > 1000
+
+
+def test_a_saved_card_lies_beside_its_plot_and_results(model, tmp_path):
+    save_model_card(tmp_path, model, ROWS, "tiny", dataset_name="Made-up images")
+    assert {file.name for file in tmp_path.iterdir()} == {"README.md", "accuracy_over_macs.png", "results.json"}
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert [row["macs"] for row in rows] == [count_macs(model.config, heads) for heads in range(1, 7)]
+    assert "](accuracy_over_macs.png)" in ModelCard.load(tmp_path / "README.md").text
