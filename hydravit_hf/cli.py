@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -148,10 +149,12 @@ def extract(
     """Save the first heads of a model as a model of their own, with the image processor."""
     from transformers import AutoImageProcessor
 
-    from . import HydraViTForImageClassification
+    from . import HydraViTConfig
 
     _check_new(folder)
-    small = HydraViTForImageClassification.from_pretrained(model, num_attention_heads=num_heads)
+    with _naming(model):
+        HydraViTConfig.from_pretrained(model).check_num_heads(num_heads)
+    small = _load(model, "cpu", num_attention_heads=num_heads)
     processor = AutoImageProcessor.from_pretrained(model)
     saved = small.to_vit() if vit else small
     saved.save_pretrained(folder)
@@ -201,7 +204,7 @@ def card(
     if not results.is_file():
         raise FileNotFoundError(f"There is no file '{results}'; `hydravit evaluate --output {results}` writes it.")
     rows = json.loads(results.read_text(encoding="utf-8"))
-    model = _load(str(folder), None)
+    model = _load(str(folder))
     if measure:
         costs = profile_subnetworks(model, [row["num_heads"] for row in rows])
         rows = [row | cost for row, cost in zip(rows, costs, strict=True)]
@@ -225,16 +228,23 @@ def push(
     print(commit.commit_url)
 
 
-def _load(model: str, device: str | None):
+def _load(model: str, device: str | None = None, **kwargs):
     import torch
 
     from . import HydraViTForImageClassification
 
+    with _naming(model):
+        loaded = HydraViTForImageClassification.from_pretrained(model, **kwargs)
+    return loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@contextmanager
+def _naming(model: str):
+    """Errors say which model could not be loaded; transformers' don't, without a network."""
     try:
-        loaded = HydraViTForImageClassification.from_pretrained(model)
+        yield
     except OSError as error:
         raise OSError(f"'{model}' could not be loaded: {error}") from error
-    return loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _align_labels(images, label2id: dict):
