@@ -73,11 +73,11 @@ def test_evaluate_gives_the_accuracy_of_each_width_and_keeps_it_for_the_card(hyd
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected])
     card = tmp_path / "tiny" / "README.md"
     assert hydravit("card", folder, "--no-measure")[0] == 0
-    assert "latency" not in card.read_text() and 'path = "tiny"' in card.read_text()
+    assert "| latency |" not in card.read_text() and 'path = "tiny"' in card.read_text()
     code, _, err = hydravit("card", folder)
     assert code == 1 and "--overwrite" in err
     code, *_ = hydravit("card", folder, "--dataset-name", "the digits", "--model-id", "user/tiny", "--overwrite")
-    assert code == 0 and 'path = "user/tiny"' in card.read_text() and "latency" in card.read_text()
+    assert code == 0 and 'path = "user/tiny"' in card.read_text() and "| latency |" in card.read_text()
     assert f"{rows[0]['accuracy']:.2%}" in card.read_text() and "the digits" in card.read_text()
 
 
