@@ -10,7 +10,6 @@ Each step draws its widths, the same in all processes, and trains those subnetwo
 the averaged weights are saved as one checkpoint, which is loaded anew at every width for the table.
 """
 
-import json
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -35,10 +34,12 @@ from hydravit_hf import HydraViTConfig, HydraViTForImageClassification
 from hydravit_hf.augmentation import StreamedTrainingImages, TrainingAugmentation, TrainingImages
 from hydravit_hf.data import check_labels, load_images, to_pixel_values
 from hydravit_hf.evaluation import evaluate_subnetworks
+from hydravit_hf.hub import push_checkpoint
 from hydravit_hf.image_processing import make_image_processor
+from hydravit_hf.model_card import save_model_card
 from hydravit_hf.optimization import PrefixAdamW, parameter_groups
-from hydravit_hf.profiling import count_macs, count_parameters
-from hydravit_hf.reporting import format_table, plot_accuracy
+from hydravit_hf.profiling import profile_subnetworks
+from hydravit_hf.reporting import format_table
 from hydravit_hf.training import (
     AveragedWeights,
     SubnetworkArguments,
@@ -218,6 +219,12 @@ def backward(model, batch, step: int, seed: list[int], args, widths: SubnetworkA
     return heads, total
 
 
+def recipe(args) -> str:
+    """The arguments that made the checkpoint, as a file for --config."""
+    values = {name: value for name, value in vars(args).items() if name not in FREE and value not in (None, False)}
+    return yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
+
+
 def main():
     args, widths = parse_args()
     # 1. The run: its folder, its processes, its seed
@@ -352,20 +359,34 @@ def main():
     for num_heads in tqdm(heads, desc="Evaluating widths", disable=not accelerator.is_local_main_process):
         subnetwork = HydraViTForImageClassification.from_pretrained(args.output_dir, num_attention_heads=num_heads)
         subnetwork.to(accelerator.device)
-        (row,) = evaluate_subnetworks(subnetwork, test_images, [num_heads], **evaluation)
-        cost = {"parameters": count_parameters(subnetwork.config, num_heads)}
-        rows.append({**row, **cost, "macs": count_macs(subnetwork.config, num_heads)})
+        rows += evaluate_subnetworks(subnetwork, test_images, [num_heads], **evaluation)
     accelerator.log({f"{row['num_heads']}_heads_accuracy": row["accuracy"] for row in rows}, step=step)
     if accelerator.is_main_process:
-        (args.output_dir / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
+        costs = profile_subnetworks(plain_model, heads, rounds=10)
+        rows = [cost | row for cost, row in zip(costs, rows, strict=True)]
+        name = args.hub_model_id or args.output_dir.name
+        source = args.dataset_name or args.data_dir or "the handwritten digits of scikit-learn"
         held_out = "held-out images" if args.streaming else f"{len(test_images)} held-out images"
-        plot_accuracy(rows, args.output_dir / "accuracy_over_macs.png", f"Accuracy on {held_out}")
+        save_model_card(
+            args.output_dir,
+            plain_model,
+            rows,
+            title=name.rpartition("/")[2],
+            model_id=name,
+            dataset_name=f"{held_out} of {source}",
+            dataset_id=args.dataset_name,
+            base_model=args.from_vit,
+            training=f"Made by `examples/train_accelerate.py` of `hydravit_hf` with\n\n```yaml\n{recipe(args)}```",
+        )
         mean = sum(row["accuracy"] for row in rows) / len(rows)
-        print(f"\n{format_table(rows)}\n\nMean accuracy over the widths: {mean:.2%}, on {held_out}")
-        print(f"Saved the checkpoint, results.json and accuracy_over_macs.png to {args.output_dir}")
+        shown = ("num_heads", "parameters", "macs", "latency_ms", "accuracy", "top5_accuracy", "loss")
+        print(f"\n{format_table([{key: row[key] for key in shown} for row in rows])}")
+        print(
+            f"\nMean accuracy over the widths: {mean:.2%}, on {held_out}. Latency of one image on {costs[0]['device']}"
+        )
+        print(f"Saved the checkpoint, its card README.md, results.json and accuracy_over_macs.png to {args.output_dir}")
         if args.push_to_hub:
-            ignored = ["checkpoint-*", "_*", "run.json"]
-            HfApi().upload_folder(repo_id=repo_id, folder_path=args.output_dir, ignore_patterns=ignored)
+            print(push_checkpoint(args.output_dir, repo_id).commit_url)
     accelerator.wait_for_everyone()  # none leaves while gloo's threads are busy: torch can deadlock there
     accelerator.end_training()
 

@@ -149,7 +149,7 @@ def extract(
     """Save the first heads of a model as a model of their own, with the image processor."""
     from transformers import AutoImageProcessor
 
-    from . import HydraViTConfig
+    from .configuration_hydravit import HydraViTConfig
 
     _check_new(folder)
     with _naming(model):
@@ -231,7 +231,7 @@ def push(
 def _load(model: str, device: str | None = None, **kwargs):
     import torch
 
-    from . import HydraViTForImageClassification
+    from .modeling_hydravit import HydraViTForImageClassification
 
     with _naming(model):
         loaded = HydraViTForImageClassification.from_pretrained(model, **kwargs)

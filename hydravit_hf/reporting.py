@@ -2,11 +2,20 @@
 
 from pathlib import Path
 
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.{1 if value >= 10 else 2}f} ms"
+
+
 # Key of a row -> heading, and how a value reads
 COLUMNS = {
     "num_heads": ("heads", str),
     "parameters": ("parameters", lambda value: f"{value / 1e6:.2f} M"),
     "macs": ("MACs", lambda value: f"{value / 1e9:.2f} G" if value >= 1e9 else f"{value / 1e6:.1f} M"),
+    "latency_ms": ("latency", _milliseconds),
+    "latency_p90_ms": ("p90", _milliseconds),
+    "throughput": ("throughput", lambda value: f"{value:.{0 if value >= 100 else 1}f} img/s"),
+    "peak_memory_mb": ("peak memory", lambda value: f"{value:.{0 if value >= 10 else 1}f} MB"),
     "accuracy": ("accuracy", "{:.2%}".format),
     "top5_accuracy": ("top-5", "{:.2%}".format),
     "loss": ("loss", "{:.3f}".format),

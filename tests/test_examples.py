@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, pipeline
@@ -65,6 +68,11 @@ def test_training_leaves_one_checkpoint_whose_table_is_true_at_every_width(train
     assert rows[-1]["accuracy"] > 0.3  # chance is 0.1
     with Image.open(folder / "accuracy_over_macs.png") as plot:
         assert plot.format == "PNG"
+    card = ModelCard.load(folder / "README.md")
+    assert [result.metric_value for result in card.data.eval_results] == [round(row["accuracy"], 5) for row in rows]
+    recipe = yaml.safe_load(re.search("```yaml\n(.*?)```", card.text, flags=re.DOTALL)[1])
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert train(folder, "--config", str(folder / "recipe.yaml"), "--help").returncode == 0
     assert list(folder.rglob("events.out.tfevents.*"))
     assert printed.count("| heads |") == 2  # after the first epoch and at the end
 
@@ -100,9 +108,9 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_weights_of_one_that_was_
     assert "Resumed from" in result.stdout
     expected, found = (load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", killed))
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    assert json.loads((killed / "results.json").read_text()) == json.loads(
-        (tmp_path / "whole" / "results.json").read_text()
-    )
+    expected, found = (json.loads((folder / "results.json").read_text()) for folder in (tmp_path / "whole", killed))
+    for key in ("num_heads", "accuracy", "top5_accuracy", "loss"):
+        assert [row[key] for row in expected] == [row[key] for row in found]
 
 
 def test_a_folder_that_holds_another_run_is_left_alone(trained):
@@ -189,6 +197,12 @@ def test_an_argument_that_no_one_knows_is_refused_in_a_configuration_file(tmp_pa
     result = run("train_accelerate.py", "--config", tmp_path / "recipe.yaml")
     assert result.returncode == 2
     assert "learning_rat" in result.stderr.splitlines()[-1]
+
+
+def test_the_benchmark_of_profiles_compares_two_and_measures_a_choice_again():
+    result = run("benchmark_profile.py", "--heads", 1, 2, "--rounds", 1, "--budgets_ms", 1e9)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "1 heads: second median" in result.stdout and "budget 1e+09 ms: 2 heads, measured again" in result.stdout
 
 
 def test_the_benchmark_of_a_step_prints_a_row_for_each_optimizer():

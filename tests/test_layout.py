@@ -6,16 +6,18 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
+from transformers.dynamic_module_utils import get_imports
 
 import hydravit_hf
 
 PACKAGE = Path(__file__).parents[1] / "hydravit_hf"
 # Each file imports from those above it only; files of one line don't import each other.
 LAYERS = [
-    ["configuration_hydravit"],
+    ["configuration_hydravit", "pipeline_hydravit"],
     ["modeling_hydravit", "image_processing", "subnetwork_accuracy", "reporting"],
-    ["augmentation", "convert_checkpoint", "data", "evaluation", "optimization", "profiling", "training"],
-    ["trainer"],
+    ["augmentation", "convert_checkpoint", "data", "evaluation", "hub", "optimization", "profiling", "training"],
+    ["model_card", "trainer"],
+    ["cli"],
     ["__init__"],
 ]
 
@@ -38,10 +40,18 @@ def test_files_import_downwards_only():
             assert imports(module, relative=True) <= below, module
 
 
-def test_what_travels_imports_the_standard_library_torch_transformers_and_each_other_only():
-    for module in ("configuration_hydravit", "modeling_hydravit"):
-        assert imports(module, relative=False) <= set(sys.stdlib_module_names) | {"torch", "transformers"}
-        assert imports(module, relative=True) <= {"configuration_hydravit"}
+def test_what_travels_imports_what_transformers_needs_and_each_other_only():
+    travelling = {"configuration_hydravit", "modeling_hydravit", "pipeline_hydravit"}
+    for module in travelling:
+        assert imports(module, relative=False) <= set(sys.stdlib_module_names) | {
+            "torch",
+            "transformers",
+            "numpy",
+            "PIL",
+        }
+        assert imports(module, relative=True) <= travelling
+        # transformers refuses code whose imports are missing; Pillow is imported where it is there
+        assert set(get_imports(PACKAGE / f"{module}.py")).isdisjoint({"PIL"})
 
 
 def test_importing_the_package_needs_no_extra():

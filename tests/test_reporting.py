@@ -24,6 +24,32 @@ ROWS = [
         "loss": 0.5,
     },
 ]
+PROFILE = [
+    {
+        "num_heads": 3,
+        "parameters": 5_717_416,
+        "macs": 1_253_683_392,
+        "batch_size": 1,
+        "latency_ms": 2.3149,
+        "latency_p90_ms": 22.96,
+        "throughput": 431.98,
+        "peak_memory_mb": 4.27,
+        "device": "a CPU, 2 threads",
+        "dtype": "float32",
+    },
+    {
+        "num_heads": 12,
+        "parameters": 86_567_656,
+        "macs": 17_563_830_000,
+        "batch_size": 1,
+        "latency_ms": 267.41,
+        "latency_p90_ms": 1000.0,
+        "throughput": 3.7396,
+        "peak_memory_mb": 354.14,
+        "device": "a CPU, 2 threads",
+        "dtype": "float32",
+    },
+]
 
 
 def cells(table: str) -> list[list[str]]:
@@ -38,6 +64,20 @@ def test_a_table_has_a_line_for_each_row_with_its_values_rounded_and_their_units
         ["3", "5.72 M", "987.7 M", "70.56%", "90.00%", "1.235"],
         ["12", "86.57 M", "17.56 G", "100.00%", "100.00%", "0.500"],
     ]
+
+
+def test_a_profile_reads_in_milliseconds_images_a_second_and_megabytes():
+    head, _, *lines = cells(format_table(PROFILE))
+    assert head == ["heads", "parameters", "MACs", "latency", "p90", "throughput", "peak memory"]
+    assert lines == [
+        ["3", "5.72 M", "1.25 G", "2.31 ms", "23.0 ms", "432 img/s", "4.3 MB"],
+        ["12", "86.57 M", "17.56 G", "267.4 ms", "1000.0 ms", "3.7 img/s", "354 MB"],
+    ]
+
+
+def test_costs_stand_before_what_they_buy():
+    both = [row | {"accuracy": 0.5} for row in PROFILE]
+    assert [line[:-1] for line in cells(format_table(both))] == cells(format_table(PROFILE))
 
 
 def test_the_columns_of_a_table_are_aligned_at_the_right():
