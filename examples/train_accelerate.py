@@ -135,6 +135,7 @@ def parse_args():
 # What may differ between a run and its resumption
 FREE = {"output_dir", "overwrite_output_dir", "num_workers", "evaluation_epochs", "checkpointing_steps", "report_to"}
 FREE |= {"checkpoints_total_limit", "resume_from_checkpoint", "with_tracking", "push_to_hub", "hub_model_id", "config"}
+AUGMENTATION = {"crop_scale", "flip", "rand_augment_magnitude", "color_jitter", "random_erasing"}
 DIGITS = {"image_size": 8, "patch_size": 4, "num_hidden_layers": 3}  # a small model for small images
 
 
@@ -221,7 +222,9 @@ def backward(model, batch, step: int, seed: list[int], args, widths: SubnetworkA
 
 def recipe(args) -> str:
     """The arguments that made the checkpoint, as a file for --config."""
-    values = {name: value for name, value in vars(args).items() if name not in FREE and value not in (None, False)}
+    unused = FREE if args.augment else FREE | AUGMENTATION
+    values = {name: value for name, value in vars(args).items() if name not in unused}
+    values = {name: value for name, value in values.items() if value is not None and value is not False}
     return yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
 
 
@@ -376,6 +379,9 @@ def main():
             dataset_name=f"{held_out} of {source}",
             dataset_id=args.dataset_name,
             base_model=args.from_vit,
+            limits=None
+            if args.streaming
+            else f"One held-out image is {100 / len(test_images):.2f} points of accuracy.",
             training=f"Made by `examples/train_accelerate.py` of `hydravit_hf` with\n\n```yaml\n{recipe(args)}```",
         )
         mean = sum(row["accuracy"] for row in rows) / len(rows)

@@ -140,6 +140,6 @@ def _machine(row: dict) -> str:
         return ""
     return (
         f"Latency is the median of a forward pass of {row['batch_size']} image{'s'[: row['batch_size'] > 1]}, measured "
-        f"on {row['device']}, {row['dtype']}; peak memory is the weights of that width and the most that a pass "
-        "allocates beside them."
+        f"on {row['device']}, {row['dtype']}; peak memory is the weights of that width, the images and the most that a "
+        "pass allocates beside them."
     )

@@ -1,15 +1,19 @@
 """Every snippet of the README and of docs/training.md runs, in order, on checkpoints like the first command's."""
 
+import json
 import re
-import subprocess
+import shlex
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from transformers import AutoModelForImageClassification
 
-from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, HydraViTModel
+from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, HydraViTModel, cli
+from hydravit_hf.data import load_digits
 from hydravit_hf.image_processing import make_image_processor
 from hydravit_hf.profiling import count_macs, count_parameters
 
@@ -55,17 +59,33 @@ def test_the_snippet_on_training_trains_a_checkpoint_that_loads_at_any_width(tmp
 
 def test_the_commands_install_extras_that_exist_and_run_files_that_exist():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    commands = snippets("bash")
-    assert len(commands) == 2
+    *commands, shell = snippets("bash")
+    assert len(commands) == 2 and len(shell.splitlines()) > 3
     for command in commands:
         assert command.count("\n") == 1  # one line installs and runs
         assert set(re.search(r"\[(.*)\]", command)[1].split(",")) <= set(extras)
     for folder, text in ((ROOT, README), (ROOT / "docs", TRAINING)):
         for path in re.findall(r"\]\(((?!http)[^)]+)\)", text):
             assert (folder / path).exists(), path
-    module = re.search(r"python -m (hydravit_hf\S+)", README)[1]
-    result = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True)
-    assert result.returncode == 0 and "SRC" in result.stdout
+
+
+def test_the_lines_for_a_shell_run(trained, monkeypatch):
+    load_digits()["test"][0]["image"].save("digit.png")
+    for line in snippets("bash")[-1].splitlines():
+        name, *arguments = shlex.split(line)
+        assert name == "hydravit"
+        if arguments[0] == "card":  # what training leaves
+            rows = [{"num_heads": heads, "accuracy": 0.9} for heads in range(3, 13)]
+            Path("runs/digits/results.json").write_text(json.dumps(rows))
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        if arguments[0] == "push":  # there is no Hub here: the checks of the folder passed
+            assert "offline" in str(stop.value.code).lower()
+        else:
+            assert not stop.value.code
+    assert ModelCard.load("runs/digits/README.md").data.eval_results
+    assert type(AutoModelForImageClassification.from_pretrained("digits-tiny")).__name__ == "ViTForImageClassification"
 
 
 def test_the_table_of_costs_is_that_of_the_default_model():
@@ -82,7 +102,9 @@ def test_what_the_readme_names_exists():
         known = hasattr(HydraViTForImageClassification, name) or hasattr(HydraViTModel, name)
         assert known or name in {
             "hydravit_hf",
+            "HydraViTBackbone",
             "HydraViTTrainer",
+            "create_model_card",
             "PreTrainedModel",
             "Trainer",
             "num_heads_active",
