@@ -40,8 +40,8 @@ def push_checkpoint(
 
     Raises:
         FileNotFoundError: No such folder, or one without configuration or without all of its weights.
-        ValueError: A configuration of another model, a file of weights that isn't whole, or a card that the Hub refuses.
-            In both cases nothing was sent but the card, to be checked.
+        ValueError: A configuration of another model, a file of weights that isn't whole, or a card that the Hub
+            refuses. In both cases nothing was sent but the card, to be checked.
         OSError: The Hub refuses (`HfHubHTTPError`), fails or can't be reached.
     """
     folder = Path(folder)
@@ -64,8 +64,8 @@ def push_checkpoint(
     except (OSError, ValueError):
         raise
     except Exception as error:  # of the client's HTTP library, or of its threads
-        reason = f"{error} {error.__cause__ or ''}".rstrip()
-        raise OSError(f"Publishing '{folder}' as '{repo_id}' broke off: {reason}") from error
+        reasons = dict.fromkeys(str(reason) for reason in (error, error.__cause__) if reason)
+        raise OSError(f"Publishing '{folder}' as '{repo_id}' broke off: {' '.join(reasons)}") from error
 
 
 def _check_config(folder: Path):

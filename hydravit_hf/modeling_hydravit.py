@@ -57,6 +57,7 @@ from transformers.utils import (
     cached_file,
     can_return_tuple,
     logging,
+    resolve_revision,
 )
 from transformers.utils.output_capturing import capture_outputs
 
@@ -338,6 +339,9 @@ class HydraViTPreTrainedModel(PreTrainedModel):
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
         hub_kwargs = {name: kwargs.pop(name) for name in _HUB_KWARGS if name in kwargs}
         kwargs.pop("trust_remote_code", None)
+        # One commit for all the files, whatever is pushed in the meantime
+        where = {name: hub_kwargs[name] for name in ("cache_dir", "local_files_only", "token") if name in hub_kwargs}
+        hub_kwargs["revision"] = resolve_revision(pretrained_model_name_or_path, hub_kwargs.get("revision"), **where)
         if not isinstance(config, PreTrainedConfig):
             source = pretrained_model_name_or_path if config is None else config
             dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
@@ -824,10 +828,7 @@ def _find_weights(checkpoint, variant: str | None, hub_kwargs: dict) -> list[str
     def find(name: str) -> str | None:
         if variant is not None:
             name = f".{variant}.".join(name.rsplit(".", 1))
-        try:
-            return cached_file(checkpoint, name, **hub_kwargs)
-        except OSError:
-            return None  # the loading that follows says what is wrong
+        return cached_file(checkpoint, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
 
     if (weights := find(SAFE_WEIGHTS_NAME)) is not None:
         return [weights]
