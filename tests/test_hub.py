@@ -166,6 +166,12 @@ def test_a_pushed_model_loads_by_its_id_at_any_width_without_the_package(hub, us
     check(reader.logits("user/tiny", images), model, images)
     check(reader.logits("user/tiny", images, num_attention_heads=3), model, images, 3)
     check(reader.logits("user/tiny", images, num_heads_active=3), model, images, 3)
+    backbone = """
+from transformers import AutoBackbone
+backbone = AutoBackbone.from_pretrained("user/tiny", trust_remote_code=True, num_heads_active=3, out_indices=[0, 2])
+result = [list(feature_map.shape) for feature_map in backbone(torch.tensor(images)).feature_maps]
+"""
+    assert reader(backbone, images=images.tolist()) == [[3, 24, 4, 4]] * 2
     assert reader('result = AutoImageProcessor.from_pretrained("user/tiny").size["height"]') == 16
 
 
