@@ -25,15 +25,20 @@ PIPELINE_REGISTRY.register_pipeline(
 _FUNCTIONS = {
     "choose_num_heads": "profiling",
     "convert_original_checkpoint": "convert_checkpoint",
-    "create_model_card": "model_card",
     "count_macs": "profiling",
     "count_parameters": "profiling",
-    "HydraViTTrainer": "trainer",
-    "HydraViTTrainingArguments": "trainer",
+    "create_model_card": "model_card",
+    "evaluate_cascade": "cascade",
     "evaluate_subnetworks": "evaluation",
+    "export_subnetwork": "export",
+    "export_subnetworks": "export",
+    "fit_cascade": "cascade",
     "make_image_processor": "image_processing",
     "profile_subnetworks": "profiling",
+    "push_checkpoint": "hub",
     "sample_subnetworks": "training",
+    "HydraViTTrainer": "trainer",
+    "HydraViTTrainingArguments": "trainer",
 }
 
 __all__ = [

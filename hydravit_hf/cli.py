@@ -22,6 +22,8 @@ Heads = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...  Default: cuda where there is one.")]
+Data = Annotated[str, typer.Argument(help='A folder of images or parquet files, a Hub data set, or "digits".')]
+Split = Annotated[str, typer.Option(help="train or test")]
 Folder = Annotated[Path, typer.Argument(help="A saved HydraViT.")]
 
 
@@ -64,31 +66,20 @@ def profile(
 @app.command()
 def evaluate(
     model: Model,
-    data: Annotated[str, typer.Argument(help='A folder of images or parquet files, a Hub data set, or "digits".')],
+    data: Data,
     heads: Heads = None,
-    split: Annotated[str, typer.Option(help="train or test")] = "test",
+    split: Split = "test",
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     device: Device = None,
     output: Annotated[Path | None, typer.Option(help="Also write the rows to this file, for `hydravit card`.")] = None,
     as_json: Json = False,
 ):
     """How good each width is: accuracy and loss on labelled images."""
-    from transformers import AutoImageProcessor
-
-    from .data import check_labels, load_images, to_pixel_values
     from .evaluation import evaluate_subnetworks
     from .profiling import count_macs, count_parameters
 
     loaded = _load(model, device)
-    sources = {} if data == "digits" else {"data_dir" if Path(data).is_dir() else "dataset_name": data}
-    splits = load_images(**sources)
-    if split not in splits:
-        raise ValueError(f"`--split` must be one of {', '.join(splits)}, not '{split}'.")
-    images = splits[split]
-    if loaded.config.id2label[0] != "LABEL_0":  # classes by their names, as two data sets may number them differently
-        images = _align_labels(images, loaded.config.label2id)
-    check_labels(images, loaded.config.num_labels)
-    images = images.with_transform(to_pixel_values(AutoImageProcessor.from_pretrained(model)))
+    images = _load_images(model, loaded.config, data, split)
     rows = [
         {
             "num_heads": row["num_heads"],
@@ -110,7 +101,16 @@ def evaluate(
 def predict(
     model: Model,
     images: Annotated[list[str], typer.Argument(help="Paths or URLs.")],
-    num_heads_active: Annotated[int | None, typer.Option(help="Heads to run. Default: the model's.")] = None,
+    num_heads_active: Annotated[
+        list[int] | None,
+        typer.Option(help="Heads to run; repeat, with --threshold, for a cascade. Default: the model's."),
+    ] = None,
+    threshold: Annotated[
+        list[float] | None,
+        typer.Option(help="At which uncertainty an image goes on to the next width; one, or one for each step."),
+    ] = None,
+    criterion: Annotated[str | None, typer.Option(help="entropy, margin or probability.  Default: entropy.")] = None,
+    cascade: Annotated[bool, typer.Option("--cascade", help="Run the cascade that was saved with the model.")] = False,
     top_k: Annotated[int, typer.Option(min=1, help="Labels for each image.")] = 5,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     device: Device = None,
@@ -123,7 +123,13 @@ def predict(
     from .pipeline_hydravit import TASK
 
     classify = pipeline(TASK, _load(model, device), image_processor=AutoImageProcessor.from_pretrained(model))
-    options = {"num_heads_active": num_heads_active, "top_k": top_k, "batch_size": batch_size, "errors": "return"}
+    width = num_heads_active or None
+    if cascade and width:
+        raise ValueError("Give `--cascade` or `--num-heads-active`, not both.")
+    if width and len(width) == 1 and not threshold:
+        (width,) = width
+    options = {"num_heads_active": "cascade" if cascade else width, "threshold": _one_or_all(threshold)}
+    options |= {"criterion": criterion, "top_k": top_k, "batch_size": batch_size, "errors": "return"}
     outputs = classify((image for image in images), **options)
     outputs = list(tqdm(outputs, desc="Classifying", total=len(images), leave=False))
     bad = [output["error"] for output in outputs if isinstance(output, dict)]
@@ -132,11 +138,60 @@ def predict(
     else:
         for image, output in zip(images, outputs, strict=True):
             if isinstance(output, list):
-                print(f"{image}: " + ", ".join(f"{row['label']} {row['score']:.1%}" for row in output))
+                spent = f" ({output[0]['num_heads']} heads)" if "num_heads" in output[0] else ""
+                print(f"{image}: " + ", ".join(f"{row['label']} {row['score']:.1%}" for row in output) + spent)
     for error in bad:
         print(f"error: {error}", file=sys.stderr)
     if bad:
         raise typer.Exit(1)
+
+
+@app.command()
+def cascade(
+    model: Model,
+    data: Data,
+    max_macs: Annotated[float | None, typer.Option(help="Mean MACs of an image, at most.")] = None,
+    max_latency_ms: Annotated[float | None, typer.Option(help="Mean milliseconds of an image here, at most.")] = None,
+    max_accuracy_loss: Annotated[
+        float | None, typer.Option(help="Accuracy that may be lost against the widest, such as 0.005.")
+    ] = None,
+    heads: Annotated[
+        list[int] | None, typer.Option(help="A width; repeat for more. Default: narrowest, middle and widest.")
+    ] = None,
+    criterion: Annotated[str, typer.Option(help="entropy, margin or probability")] = "entropy",
+    split: Split = "test",
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    device: Device = None,
+    save: Annotated[
+        bool, typer.Option("--save", help="Write it into the configuration of the model's folder.")
+    ] = False,
+    as_json: Json = False,
+):
+    """Fit a cascade, which runs wider widths only for uncertain images, to one goal on images not trained on."""
+    from .cascade import fit_cascade, save_cascade
+
+    if save and not Path(model).is_dir():
+        raise ValueError(f"`--save` writes into a local folder, which '{model}' is not.")
+    loaded = _load(model, device)
+    images = _load_images(model, loaded.config, data, split)
+    goals = {"max_macs": max_macs, "max_latency_ms": max_latency_ms, "max_accuracy_loss": max_accuracy_loss}
+    fitted = fit_cascade(loaded, images, heads or None, **goals, criterion=criterion, batch_size=batch_size)
+    if save:
+        save_cascade(model, fitted["cascade"])
+    if as_json:
+        return _print_json(fitted)
+    settings = fitted["cascade"]
+    for number, num_heads in enumerate(settings["num_heads"]):
+        goes_on = [
+            f", on from {criterion} {threshold:.4g}" for threshold in settings["thresholds"][number : number + 1]
+        ]
+        temperature, share = settings["temperatures"][number], fitted["shares"][number]
+        print(f"{num_heads} heads: answers {share:.1%}, temperature {temperature:.3f}{''.join(goes_on)}")
+    cost = f"{fitted['macs'] / 1e9:.4g} GMACs" + (f", {fitted['latency_ms']:.4g} ms" if "latency_ms" in fitted else "")
+    print(f"Accuracy {fitted['accuracy']:.2%} at {cost} an image; the widest alone {fitted['widest_accuracy']:.2%}")
+    print(f"\nOn the {fitted['images']} images of {data}, {split}, that it was fitted to")
+    if save:
+        print(f"Saved in {Path(model) / 'config.json'}")
 
 
 @app.command()
@@ -162,6 +217,31 @@ def extract(
     print(
         f"Saved {num_heads} heads, {saved.num_parameters() / 1e6:.2f} M parameters, as {type(saved).__name__}: {folder}"
     )
+
+
+@app.command()
+def export(
+    model: Model,
+    path: Annotated[Path, typer.Argument(help="The file to write, or, for several widths of ONNX, a new folder.")],
+    num_heads: Annotated[
+        list[int] | None, typer.Option(help="Heads to export; repeat for several widths of ONNX in one. Default: all.")
+    ] = None,
+    format: Annotated[str, typer.Option(help="onnx, openvino, torch_export or executorch")] = "onnx",
+):
+    """Write a width for another runtime: a file that needs nothing of this package."""
+    from transformers import AutoImageProcessor
+
+    from .export import export_subnetwork, export_subnetworks
+
+    loaded, heads = _load(model, "cpu"), num_heads or [None]
+    processor = AutoImageProcessor.from_pretrained(model)
+    if len(heads) == 1:
+        written = export_subnetwork(loaded, heads[0], format, path, processor)
+    elif format == "onnx":
+        written = export_subnetworks(loaded, heads, path, processor)
+    else:
+        raise ValueError(f"Several widths in one are for ONNX only, not '{format}'.")
+    print(f"Wrote {written}")
 
 
 @app.command()
@@ -238,6 +318,27 @@ def _load(model: str, device: str | None = None, **kwargs):
     return loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+def _load_images(model: str, config, data: str, split: str):
+    """Labelled images as the model takes them."""
+    from transformers import AutoImageProcessor
+
+    from .data import check_labels, load_images, to_pixel_values
+
+    sources = {} if data == "digits" else {"data_dir" if Path(data).is_dir() else "dataset_name": data}
+    splits = load_images(**sources)
+    if split not in splits:
+        raise ValueError(f"`--split` must be one of {', '.join(splits)}, not '{split}'.")
+    images = splits[split]
+    if config.id2label[0] != "LABEL_0":  # classes by their names, as two data sets may number them differently
+        images = _align_labels(images, config.label2id)
+    check_labels(images, config.num_labels)
+    return images.with_transform(to_pixel_values(AutoImageProcessor.from_pretrained(model)))
+
+
+def _one_or_all(values: list | None):
+    return values[0] if values and len(values) == 1 else values or None
+
+
 @contextmanager
 def _naming(model: str):
     """Errors say which model could not be loaded; transformers' don't, without a network."""
@@ -278,7 +379,7 @@ def main():
         app()
     except ModuleNotFoundError as error:
         sys.exit(f'error: {error}: pip install "hydravit_hf[train]"')
-    except (OSError, RuntimeError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
 
 

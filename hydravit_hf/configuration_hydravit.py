@@ -1,19 +1,24 @@
 # Copyright 2026 The hydravit_hf authors. Licensed under the Apache License, Version 2.0.
 """HydraViT configuration: one dial, the number of attention heads; every width is derived from it.
 
-This file, `modeling_hydravit.py` and `pipeline_hydravit.py` travel with each saved checkpoint as remote code, so they
-import the standard library, what transformers needs, and each other only.
+This file, `modeling_hydravit.py`, `cascade_hydravit.py` and `pipeline_hydravit.py` travel with each saved checkpoint as
+remote code, so they import the standard library, what transformers needs, and each other only.
 """
 
 import math
 from bisect import bisect_left
 from itertools import pairwise
+from numbers import Real
 
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
-from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, logging
+from transformers.utils import CONFIG_NAME, TRANSFORMERS_DYNAMIC_MODULE_NAME, logging
 
 logger = logging.get_logger(__name__)
+CRITERIA = ("entropy", "margin", "probability")  # of `cascade_hydravit.uncertainty`
+LARGEST_SIZE = 10**6  # beyond any real model; a larger number in a damaged file would fill the memory
+DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 _IS_REMOTE_CODE = __name__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}.")
 
 
@@ -44,6 +49,9 @@ class HydraViTConfig(BackboneConfigMixin, PreTrainedConfig):
             need not add up to 1. None: uniform.
         separate_classifiers: Whether each of `subnetwork_heads` has a classifier of its own (paper, "separate
             classifiers") rather than the leading columns of one.
+        cascade: Settings of `HydraViTForImageClassification.cascade`, as `hydravit_hf.cascade.fit_cascade` finds them:
+            `{"num_heads": [3, 6, 12], "thresholds": [0.5, 0.3], "criterion": "entropy", "temperatures": [1.0, 1.0,
+            1.0]}`; the last two have these defaults, and one threshold may stand for all. None: no cascade.
         out_features, out_indices: Of `HydraViTBackbone`: the feature maps to give, by name ("stem", "stage1", ...) or
             number; None: the last one.
         apply_layernorm: Of `HydraViTBackbone`: whether the final layer norm is applied to the feature maps.
@@ -75,6 +83,7 @@ class HydraViTConfig(BackboneConfigMixin, PreTrainedConfig):
     subnetwork_heads: list[int] | None = None
     subnetwork_weights: list[float] | None = None
     separate_classifiers: bool = False
+    cascade: dict | None = None
     apply_layernorm: bool = True
     reshape_hidden_states: bool = True
     _out_features: list[str] | None = None
@@ -98,8 +107,11 @@ class HydraViTConfig(BackboneConfigMixin, PreTrainedConfig):
         if self.subnetwork_heads is None:
             narrowest = 3 if self.num_attention_heads >= 3 else 1
             self.subnetwork_heads = list(range(narrowest, self.num_attention_heads + 1))
+        self._check_labels_and_dtype(kwargs.get("num_labels", 0))
         super().__post_init__(**kwargs)
         self._check_subnetworks()
+        if self.cascade is not None:
+            self.cascade = self._check_cascade()
 
     @property
     def hidden_size(self) -> int:
@@ -121,6 +133,25 @@ class HydraViTConfig(BackboneConfigMixin, PreTrainedConfig):
     def patch_grid(self) -> tuple[int, int]:
         """Rows and columns of patches of an image of `image_size`."""
         return grid_of(self.image_size, self.patch_size)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As in transformers, but where there is no configuration, that is an error, and not a default model."""
+        config_dict, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not config_dict:
+            raise OSError(f"'{pretrained_model_name_or_path}' has no {CONFIG_NAME}, or an empty one.")
+        return config_dict, unused
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file):
+        """As in transformers, with one error for all that is no JSON object."""
+        try:
+            values = super()._dict_from_json_file(json_file)
+        except (ValueError, RecursionError) as error:
+            raise OSError(f"'{json_file}' is not a valid JSON file: {error}") from error
+        if not isinstance(values, dict):
+            raise OSError(f"'{json_file}' must hold a JSON object, not {type(values).__name__}.")
+        return values
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
@@ -156,7 +187,8 @@ class HydraViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
         Fewer heads keep the subnetworks that still fit, and the widest counts as one of them (with a warning, where
         it was not trained); more heads add a subnetwork for each new width. The order is kept, so that classifiers
-        stay where they are. The model runs all its heads by default.
+        stay where they are. The model runs all its heads by default. A cascade, which was fitted to the widths that
+        it names, is dropped.
         """
         _check_integer("num_attention_heads", num_attention_heads)
         held, heads = self.num_attention_heads, self.subnetwork_heads
@@ -173,6 +205,7 @@ class HydraViTConfig(BackboneConfigMixin, PreTrainedConfig):
             "subnetwork_heads": heads,
             "subnetwork_weights": weights if self.subnetwork_weights and any(weights) else None,
             "num_heads_active": None,
+            "cascade": self.cascade if num_attention_heads == held else None,
         }
         config = type(self)(**values)
         config._attn_implementation = self._attn_implementation
@@ -196,15 +229,112 @@ class HydraViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"trained widths are {self.subnetwork_heads} heads."
             )
 
+    def count_macs(self, num_heads: int, image_size: int | tuple[int, int] | None = None) -> int:
+        """Multiply-accumulate operations of one image at `num_heads` heads: those of the matrix products, as the paper
+        counts them (4.60 G at 6 heads of the default model).
+
+        Args:
+            num_heads: The heads that run.
+            image_size: Side of the image in pixels, or (height, width); None: that of the configuration.
+        """
+        width = self.check_num_heads(num_heads) * self.head_dim
+        patches = math.prod(grid_of(image_size or self.image_size, self.patch_size))
+        tokens = 1 + patches
+        embeddings = patches * width * self.num_channels * math.prod(as_pair(self.patch_size))
+        projections = tokens * (4 + 2 * self.mlp_ratio) * width * width
+        attention = 2 * tokens * tokens * width
+        return embeddings + self.num_hidden_layers * (projections + attention) + width * self.num_labels
+
+    def resolve_cascade(
+        self,
+        num_heads: list[int] | None = None,
+        thresholds: float | list[float] | None = None,
+        criterion: str | None = None,
+        temperatures: list[float] | None = None,
+    ) -> dict:
+        """The settings of a cascade, complete: one threshold for each step, one temperature for each width.
+
+        Args:
+            num_heads: Head counts in increasing order; None: those of `cascade`, and so the rest where it is None.
+            thresholds: At which uncertainty an image goes on to the next width; one number for all steps, or a list.
+            criterion: One of `CRITERIA`; None: "entropy".
+            temperatures: Of the softmax of each width; None: 1.
+
+        Raises:
+            ValueError: One is out of its range, or missing.
+        """
+        given = {"num_heads": num_heads, "thresholds": thresholds, "criterion": criterion, "temperatures": temperatures}
+        settings = {name: value for name, value in given.items() if value is not None}
+        if num_heads is None:
+            if self.cascade is None:
+                raise ValueError("The configuration has no `cascade`: give the cascade's `num_heads` and `thresholds`.")
+            if settings and thresholds is None:
+                raise ValueError("Another `criterion` or other `temperatures` need `thresholds` of their own.")
+            settings = self.cascade | settings
+        heads = settings["num_heads"]
+        if (
+            not isinstance(heads, (list, tuple))
+            or not heads
+            or not all(_is_count(count, self.num_attention_heads) for count in heads)
+            or any(wider <= narrower for narrower, wider in pairwise(heads))
+        ):
+            raise ValueError(
+                f"`num_heads` of a cascade must be a list of integers from 1 to {self.num_attention_heads}, the heads "
+                f"that this model holds, in increasing order: not {heads!r}."
+            )
+        criterion, thresholds = settings.get("criterion", "entropy"), settings.get("thresholds")
+        if criterion not in CRITERIA:
+            raise ValueError(f"`criterion` of a cascade must be one of {', '.join(CRITERIA)}, not {criterion!r}.")
+        steps = len(heads) - 1
+        if isinstance(thresholds, Real):
+            thresholds = [thresholds] * steps
+        if not _are_numbers(thresholds, steps, least=0):
+            raise ValueError(
+                f"`thresholds` of a cascade of {len(heads)} widths must be {steps} numbers from 0 to infinity, or one "
+                f"for all steps: not {thresholds!r}."
+            )
+        temperatures = settings.get("temperatures", [1.0] * len(heads))
+        if not _are_numbers(temperatures, len(heads), least=1e-6, most=1e6):
+            raise ValueError(
+                f"`temperatures` of a cascade of {len(heads)} widths must be {len(heads)} positive numbers, not "
+                f"{temperatures!r}."
+            )
+        return {
+            "num_heads": list(heads),
+            "thresholds": [float(value) for value in thresholds],
+            "criterion": criterion,
+            "temperatures": [float(value) for value in temperatures],
+        }
+
     def validate(self):
         """Check every argument; also called by `save_pretrained`, as attributes can be set at any time."""
         super().validate()
         self._check_sizes()
         self._check_subnetworks()
+        if self.cascade is not None:
+            self._check_cascade()
+
+    def _check_cascade(self) -> dict:
+        names = ("num_heads", "thresholds", "criterion", "temperatures")
+        if not isinstance(self.cascade, dict) or not {"num_heads", "thresholds"} <= set(self.cascade) <= set(names):
+            raise ValueError(
+                f"`cascade` must have the keys 'num_heads' and 'thresholds', and may have 'criterion' and "
+                f"'temperatures': not {self.cascade!r}."
+            )
+        return self.resolve_cascade(**self.cascade)
 
     def _check_sizes(self):
         for name in ("num_attention_heads", "head_dim", "num_hidden_layers", "mlp_ratio", "num_channels"):
             _check_integer(name, getattr(self, name))
+        for name in ("qkv_bias", "separate_classifiers", "apply_layernorm", "reshape_hidden_states"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"`{name}` must be True or False, not {getattr(self, name)!r}.")
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` must be the name of an activation, not {self.hidden_act!r}.")
+        if not _is_number(self.initializer_range) or not 0 < self.initializer_range <= LARGEST_SIZE:
+            raise ValueError(f"`initializer_range` must be a positive number, not {self.initializer_range!r}.")
+        if not _is_number(self.layer_norm_eps) or not 0 <= self.layer_norm_eps <= 1:
+            raise ValueError(f"`layer_norm_eps` must be from 0 to 1, not {self.layer_norm_eps!r}.")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
             value = getattr(self, name)
             if not _is_number(value) or not 0 <= value < 1:
@@ -217,6 +347,16 @@ class HydraViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 _check_integer(name, side)
         if any(side % patch for side, patch in zip(as_pair(self.image_size), as_pair(self.patch_size), strict=True)):
             raise ValueError(f"`image_size={self.image_size}` must be a multiple of `patch_size={self.patch_size}`.")
+
+    def _check_labels_and_dtype(self, num_labels):
+        """Check what `PreTrainedConfig` converts before anything else can check it."""
+        for name in ("id2label", "label2id"):
+            if not isinstance(getattr(self, name), (dict, type(None))):
+                raise ValueError(f"`{name}` must be a dictionary, not {getattr(self, name)!r}.")
+        if num_labels != 0 or type(num_labels) is bool:
+            _check_integer("num_labels", num_labels)
+        if self.dtype is not None and str(self.dtype).removeprefix("torch.") not in DTYPES:
+            raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, not {self.dtype!r}.")
 
     def _check_subnetworks(self):
         heads, weights = self.subnetwork_heads, self.subnetwork_weights
@@ -260,14 +400,21 @@ def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and type(value) is not bool
 
 
-def _is_count(value, largest=None) -> bool:
-    is_integer = isinstance(value, int) and type(value) is not bool
-    return is_integer and value >= 1 and (largest is None or value <= largest)
+def _are_numbers(values, count: int, least: float, most: float = math.inf) -> bool:
+    return (
+        isinstance(values, (list, tuple))
+        and len(values) == count
+        and all(isinstance(value, Real) and type(value) is not bool and least <= value <= most for value in values)
+    )
 
 
-def _check_integer(name, value, largest=None):
+def _is_count(value, largest=LARGEST_SIZE) -> bool:
+    return isinstance(value, int) and type(value) is not bool and 1 <= value <= largest
+
+
+def _check_integer(name, value, largest=LARGEST_SIZE):
     if not _is_count(value, largest):
-        allowed = "a positive integer" if largest is None else f"from 1 to {largest}"
+        allowed = f"a positive integer up to {largest}" if largest == LARGEST_SIZE else f"from 1 to {largest}"
         raise ValueError(f"`{name}` must be {allowed}, not {value!r}.")
 
 

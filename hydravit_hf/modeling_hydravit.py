@@ -18,6 +18,7 @@ Letters in shapes: B images, C channels of the input, H x W pixels, N tokens (cl
 D = k x head_dim, the active width.
 """
 
+import copy
 import json
 import math
 import os
@@ -61,6 +62,7 @@ from transformers.utils import (
 )
 from transformers.utils.output_capturing import capture_outputs
 
+from .cascade_hydravit import CascadeOutput, run_cascade
 from .configuration_hydravit import HydraViTConfig, as_pair, grid_of
 from .pipeline_hydravit import TASK, HydraViTImageClassificationPipeline
 
@@ -334,6 +336,7 @@ class HydraViTPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: A width out of range, or weights of another architecture.
             OSError: No such checkpoint, or a truncated or damaged file; the message names it.
+            RuntimeError: Weights of other shapes than the configuration asks for.
         """
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
@@ -353,9 +356,14 @@ class HydraViTPreTrainedModel(PreTrainedModel):
         with ExitStack() as files:  # open until all is read, so that a save in the meantime can't mix two checkpoints
             stored = {}
             for path in paths:
-                stored |= _read_header(files.enter_context(open(path, "rb")))
+                header = _read_header(files.enter_context(open(path, "rb")))
+                if twice := stored.keys() & header.keys():
+                    raise OSError(f"'{path}' holds '{min(twice)}', which another shard holds as well.")
+                stored |= header
+            saved = _saved_config(pretrained_model_name_or_path, config, hub_kwargs) if paths else config
+            if saved is not config and not kwargs.get("ignore_mismatched_sizes"):
+                _check_shapes(stored, saved)
             held = _num_heads(stored, config)
-            saved = config if held is None else _saved_config(pretrained_model_name_or_path, config, hub_kwargs)
             resize = held is not None and (held, saved.patch_grid) != (config.num_attention_heads, config.patch_grid)
             blocks = _leading_blocks(stored, saved.resized(config.num_attention_heads)) if resize else None
         if not resize:
@@ -377,6 +385,9 @@ class HydraViTPreTrainedModel(PreTrainedModel):
 
         The files are written aside and then moved into place, the weights last, so that a save that is interrupted
         at any moment leaves the checkpoint that was there.
+
+        Raises:
+            OSError: The disk is full, or can't be written for another reason.
         """
         self.config.auto_map, self.config.custom_pipelines = dict(_AUTO_MAP), dict(_CUSTOM_PIPELINES)
         if not is_main_process or variant is not None or kwargs.get("distributed_checkpoint"):
@@ -391,6 +402,12 @@ class HydraViTPreTrainedModel(PreTrainedModel):
         try:
             super().save_pretrained(staging, push_to_hub=push_to_hub, **kwargs)
             _move_checkpoint(staging, directory)
+        except Exception as error:
+            failure = re.search(r"\(os error (\d+)\)", str(error))  # as safetensors' own class of errors says it
+            if failure is None:
+                raise
+            number = int(failure[1])
+            raise OSError(number, os.strerror(number), str(directory)) from error
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
@@ -469,7 +486,9 @@ class HydraViTPreTrainedModel(PreTrainedModel):
         grid = grid_of(vit.config.image_size, vit.config.patch_size)
         model = cls(config)
         blocks = _leading_blocks(_vit_tensors(vit, config), config)
-        model.load_state_dict(_grow(model, _at_grid(blocks, grid, config.patch_grid)))
+        missing = model.load_state_dict(_grow(model, _at_grid(blocks, grid, config.patch_grid)), strict=False)[0]
+        if missing:
+            logger.warning(f"The ViT has no {', '.join(missing)} that fits: newly initialized.")
         return model.to(vit.device, vit.dtype).train(vit.training)
 
 
@@ -645,6 +664,28 @@ class HydraViTForImageClassification(HydraViTPreTrainedModel):
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
+    def cascade(
+        self,
+        pixel_values: torch.Tensor,
+        num_heads: list[int] | None = None,
+        thresholds: float | list[float] | None = None,
+        criterion: str | None = None,
+        temperatures: list[float] | None = None,
+        interpolate_pos_encoding: bool = False,
+    ) -> CascadeOutput:
+        """Classify images with as many heads as each one needs: see `cascade_hydravit.run_cascade`. What is None is
+        that of `config.cascade`."""
+        settings = self.config.resolve_cascade(num_heads, thresholds, criterion, temperatures)
+        return run_cascade(
+            self,
+            pixel_values,
+            settings["num_heads"],
+            settings["thresholds"],
+            settings["criterion"],
+            settings["temperatures"],
+            interpolate_pos_encoding=interpolate_pos_encoding,
+        )
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Parameters by name: what belongs to a width, and where it lies in a file
@@ -671,7 +712,7 @@ _SHARED_WITH_VIT = (
 
 def _num_heads(stored: dict, config: HydraViTConfig) -> int | None:
     """The heads that a checkpoint holds, by the shape of its class token; None where it has none."""
-    name = next((name for name in stored if name.endswith("embeddings.cls_token")), None)
+    name = next((name for name in stored if re.fullmatch(r"(hydravit\.)?embeddings\.cls_token", name)), None)
     if name is None:
         return None
     width = stored[name].shape[-1]
@@ -692,9 +733,10 @@ def _width_dims(name: str, ndim: int) -> tuple[int, ...]:
         return (1,) if ndim == 2 else (0, 2)
     if name == "classifier.bias":
         return () if ndim == 1 else (0,)
-    if name.endswith(("embeddings.cls_token", "embeddings.position_embeddings")):
+    name = name.removeprefix("hydravit.")
+    if name in ("embeddings.cls_token", "embeddings.position_embeddings"):
         return (2,)
-    if name.endswith("patch_embeddings.projection.weight"):
+    if name == "embeddings.patch_embeddings.projection.weight":
         return (0,)
     return tuple(range(ndim))
 
@@ -728,7 +770,7 @@ def _at_grid(blocks: dict, grid: tuple[int, int], new_grid: tuple[int, int]) -> 
 
 
 def _grow(model: HydraViTPreTrainedModel, blocks: dict) -> dict[str, torch.Tensor]:
-    """The parameters of a newly initialised model, with the leading block of each one taken from `blocks`."""
+    """The parameters of a newly initialised model that `blocks` has the leading block of, with that block filled in."""
     held, heads = _num_heads(blocks, model.config), model.config.num_attention_heads
     if held < heads:
         logger.warning(
@@ -736,22 +778,22 @@ def _grow(model: HydraViTPreTrainedModel, blocks: dict) -> dict[str, torch.Tenso
             f"initialized. Train the model before you run more than {held} heads."
         )
     prefix = f"{model.base_model_prefix}."
-    blocks = {name.removeprefix(prefix): block for name, block in blocks.items()}
     parameters = model.state_dict()
-    for name, parameter in parameters.items():
-        block = blocks.get(name.removeprefix(prefix))
-        if block is None:
-            logger.warning(f"The checkpoint has no '{name}' that fits: it is newly initialized.")
-            continue
+    names = {name.removeprefix(prefix): name for name in parameters}
+    grown = {}
+    for stored_name, block in blocks.items():
+        name = names.get(stored_name.removeprefix(prefix), stored_name)
+        parameter = parameters.get(name, block)
         width_dims = _width_dims(name, block.ndim)
         if parameter.ndim == block.ndim and all(
             old == new or (old < new and dim in width_dims)
             for dim, (old, new) in enumerate(zip(block.shape, parameter.shape, strict=True))
         ):
             parameter[tuple(slice(size) for size in block.shape)].copy_(block)
+            grown[name] = parameter
         else:
-            parameters[name] = block  # other labels, other patches, fewer classifiers: what loads this says so
-    return parameters
+            grown[name] = block  # other labels, other patches, fewer classifiers: what loads this says so
+    return grown
 
 
 def _assemble(model_class: type[PreTrainedModel], config: PreTrainedConfig, parameters: dict, **options):
@@ -814,10 +856,13 @@ class _StoredTensor:
     def __getitem__(self, slices: tuple[slice, ...]) -> torch.Tensor:
         shape = [len(range(*slices[0].indices(self.shape[0]))), *self.shape[1:]] if slices else []
         count = math.prod(shape)
+        if count == 0:
+            return torch.empty(shape, dtype=self.dtype)[slices]
         size = count * self.dtype.itemsize
         self.scratch.extend(bytes(max(0, size - len(self.scratch))))
         self.file.seek(self.start)
-        self.file.readinto(memoryview(self.scratch)[:size])
+        if self.file.readinto(memoryview(self.scratch)[:size]) < size:
+            raise OSError(f"'{self.file.name}' was cut while it was read.")
         rows = torch.frombuffer(self.scratch, dtype=self.dtype, count=count).view(shape)
         return rows[slices].clone(memory_format=torch.contiguous_format)
 
@@ -834,14 +879,61 @@ def _find_weights(checkpoint, variant: str | None, hub_kwargs: dict) -> list[str
         return [weights]
     if (index := find(SAFE_WEIGHTS_INDEX_NAME)) is None:
         return []
-    shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
-    return [cached_file(checkpoint, shard, **hub_kwargs) for shard in shards]
+    return [cached_file(checkpoint, shard, **hub_kwargs) for shard in _read_index(index)]
+
+
+def _read_index(file: str) -> list[str]:
+    """The names of the shards that an index names; they lie beside it, and nowhere else."""
+    try:
+        index = json.loads(Path(file).read_text(encoding="utf-8"))
+        shards = sorted(set(index["weight_map"].values()))
+        if not isinstance(index["metadata"], dict) or not shards:
+            raise ValueError("it names no shards, or has no metadata")
+        for shard in shards:
+            if not re.fullmatch(r"[^/\\:]+[.]safetensors", shard):
+                raise ValueError(f"'{shard}' is not the name of a safetensors file beside it")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise OSError(f"'{file}' is not an index of shards: {type(error).__name__}: {error}") from error
+    return shards
 
 
 def _saved_config(checkpoint, config: PreTrainedConfig, hub_kwargs: dict) -> PreTrainedConfig:
     """The configuration that lies beside a checkpoint, which is `config` without its overrides; `config` where none."""
+    if cached_file(checkpoint, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs) is None:
+        return config
     values, _ = type(config).get_config_dict(checkpoint, **hub_kwargs)
-    return type(config).from_dict(values) if values else config
+    return type(config).from_dict(values)
+
+
+def _check_shapes(stored: dict, config: HydraViTConfig):
+    """Compare a checkpoint with the configuration that lies beside it, before a model is made from either.
+
+    Layers are counted, and what has the name of a parameter must have its shape. Other parameters that are missing or
+    left over are reported by the loading that follows.
+    """
+    if "quantization_config" in vars(config):  # quantized weights have shapes of their own
+        return
+    advice = "one of the two is damaged or was changed. `ignore_mismatched_sizes=True` loads what fits."
+    layer = r"(?:hydravit[.])?layers[.](\d+)[.]"
+    num_layers = len({match[1] for name in stored if (match := re.match(layer, name))})
+    if num_layers not in (0, config.num_hidden_layers):
+        raise RuntimeError(
+            f"{CONFIG_NAME} has num_hidden_layers={config.num_hidden_layers}, the weights have {num_layers}: {advice}"
+        )
+    config = copy.copy(config)
+    config.num_hidden_layers = 1  # stands for all of them
+    with torch.device("meta"):
+        model = HydraViTForImageClassification(config)
+    parameters = {name.removeprefix("hydravit."): parameter for name, parameter in model.named_parameters()}
+    for name, tensor in stored.items():
+        parameter = parameters.get(re.sub(layer, "layers.0.", name).removeprefix("hydravit."))
+        if parameter is None:
+            continue
+        if list(tensor.shape) != list(parameter.shape) or not tensor.dtype.is_floating_point:
+            raise RuntimeError(
+                f"'{name}' is of {tensor.dtype} and shape {list(tensor.shape)} in the weights; by {CONFIG_NAME} it is "
+                f"of floating point and shape {list(parameter.shape)}: {advice}"
+            )
 
 
 def _read_header(file: BinaryIO) -> dict[str, _StoredTensor]:
@@ -853,14 +945,18 @@ def _read_header(file: BinaryIO) -> dict[str, _StoredTensor]:
             raise ValueError("the header does not fit into the file")
         header = json.loads(file.read(header_size))
         header.pop("__metadata__", None)
-        tensors, scratch = {}, bytearray()
-        for name, entry in header.items():
-            start, end = (8 + header_size + offset for offset in entry["data_offsets"])
-            dtype, shape = _SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"]
-            if end - start != math.prod(shape) * dtype.itemsize or end > file_size:
-                raise ValueError(f"the file ends before the data of '{name}'")
-            tensors[name] = _StoredTensor(file, dtype, shape, start, scratch)
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        tensors, scratch, end = {}, bytearray(), 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape, start = _SAFETENSORS_DTYPES.get(entry["dtype"]), entry["shape"], end
+            if dtype is None or any(type(size) is not int or size < 0 for size in shape + entry["data_offsets"]):
+                raise ValueError(f"'{name}' is {entry}")
+            end = start + math.prod(shape) * dtype.itemsize
+            if entry["data_offsets"] != [start, end]:
+                raise ValueError(f"the data of '{name}' does not follow on that of the tensor before it")
+            tensors[name] = _StoredTensor(file, dtype, shape, 8 + header_size + start, scratch)
+        if 8 + header_size + end != file_size:
+            raise ValueError(f"it has {file_size} bytes where its header asks for {8 + header_size + end}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise OSError(f"'{file.name}' is not a whole safetensors file: {error}") from error
     if hasattr(os, "posix_fadvise"):  # Linux; elsewhere the kernel may read somewhat ahead
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)

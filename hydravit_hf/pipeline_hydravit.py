@@ -28,23 +28,37 @@ class HydraViTImageClassificationPipeline(ImageClassificationPipeline):
         pipe = pipeline("hydravit-image-classification", model="path or Hub id")
         pipe("cat.jpg", num_heads_active=3)
         pipe(["cat.jpg", "https://example.com/dog.png", image], num_heads_active=6, batch_size=8)
+        pipe(images, num_heads_active=[3, 6, 12], threshold=0.5, batch_size=8)
 
     Images are paths, URLs, `data:` URIs, PIL images of any mode, numpy arrays or tensors; one, a list, a generator or
     a `Dataset`. Unlike the stock pipeline, it puts transparent images on white and scales 16 bits to 8, as in training,
     and refuses images of more than `PIL.Image.MAX_IMAGE_PIXELS` pixels before it decodes them.
 
     Args (of a call, or of the construction for all calls):
-        num_heads_active: Heads to run; None: the model's default.
+        num_heads_active: Heads to run; None: the model's default. A list: a cascade, which runs the wider ones only for
+            the images of a batch that the narrower ones are not certain about, and each row of the answer says the
+            `num_heads` that it is from and the `macs` that the image took. "cascade": that of the configuration.
+        threshold: Of a cascade: at which uncertainty an image goes on; one number for all steps, or a list.
+        criterion: Of a cascade: "entropy" (default), "margin" or "probability", as in `cascade_hydravit.uncertainty`.
         errors: "raise" a `ValueError` that names the image that can't be read, or "return" `{"error": message}` in
             its place and classify the others.
         timeout: Seconds to wait for a URL (default 10).
         top_k, function_to_apply, batch_size: As in transformers.
     """
 
-    def _sanitize_parameters(self, num_heads_active=None, errors=None, **kwargs):
+    def _sanitize_parameters(self, num_heads_active=None, threshold=None, criterion=None, errors=None, **kwargs):
         preprocess_params, forward_params, postprocess_params = super()._sanitize_parameters(**kwargs)
-        if num_heads_active is not None:
-            forward_params["num_heads_active"] = self.model.config.check_num_heads(num_heads_active)
+        config = self.model.config
+        if isinstance(num_heads_active, (list, tuple)) or num_heads_active == "cascade":
+            heads = None if num_heads_active == "cascade" else num_heads_active
+            forward_params["num_heads_active"] = config.resolve_cascade(heads, threshold, criterion)
+        elif threshold is not None or criterion is not None:
+            raise ValueError(
+                "`threshold` and `criterion` are of a cascade: `num_heads_active` must be a list of head counts or "
+                f'"cascade", not {num_heads_active!r}.'
+            )
+        elif num_heads_active is not None:
+            forward_params["num_heads_active"] = config.check_num_heads(num_heads_active)
         if errors not in (None, "raise", "return"):
             raise ValueError(f'`errors` must be "raise" or "return", not {errors!r}.')
         if errors is not None:
@@ -79,13 +93,17 @@ class HydraViTImageClassificationPipeline(ImageClassificationPipeline):
         return {"pixel_values": model_inputs["pixel_values"], "error": error}
 
     def _forward(self, model_inputs, num_heads_active=None):
-        logits = self.model(model_inputs["pixel_values"], num_heads_active=num_heads_active).logits
-        return {"logits": logits, "error": model_inputs["error"]}
+        pixel_values, error = model_inputs["pixel_values"], model_inputs["error"]
+        if isinstance(num_heads_active, dict):  # the settings of a cascade
+            return {**self.model.cascade(pixel_values, **num_heads_active), "error": error}
+        return {"logits": self.model(pixel_values, num_heads_active=num_heads_active).logits, "error": error}
 
     def postprocess(self, model_outputs, **kwargs):
         if model_outputs["error"] is not None:
             return {"error": model_outputs["error"]}
-        return super().postprocess(model_outputs, **kwargs)
+        rows = super().postprocess(model_outputs, **kwargs)
+        spent = {name: model_outputs[name].item() for name in ("num_heads", "macs") if name in model_outputs}
+        return [row | spent for row in rows]
 
 
 def load_image(image, timeout: float | None = None) -> "Image.Image":

@@ -46,13 +46,7 @@ def count_parameters(config: HydraViTConfig, num_heads: int) -> int:
 def count_macs(config: HydraViTConfig, num_heads: int) -> int:
     """Multiply-accumulate operations of one image of `config.image_size` at `num_heads` heads: those of the matrix
     products, as the paper counts them (4.60 G at 6 heads of the default model)."""
-    width = config.check_num_heads(num_heads) * config.head_dim
-    patches = math.prod(config.patch_grid)
-    tokens = 1 + patches
-    embeddings = patches * width * config.num_channels * math.prod(as_pair(config.patch_size))
-    projections = tokens * (4 + 2 * config.mlp_ratio) * width * width
-    attention = 2 * tokens * tokens * width
-    return embeddings + config.num_hidden_layers * (projections + attention) + width * config.num_labels
+    return config.count_macs(num_heads)
 
 
 def profile_subnetworks(
@@ -128,7 +122,7 @@ def profile_subnetworks(
             "latency_p90_ms": float(np.percentile(milliseconds[num_heads], 90)),
             "throughput": 1e3 * batch_size / latency,
             "peak_memory_mb": (parameters * model.dtype.itemsize + images.nbytes + allocated[num_heads]) / 1e6,
-            "device": _device_name(model.device),
+            "device": device_name(model.device),
             "dtype": str(model.dtype).removeprefix("torch."),
         }
 
@@ -250,9 +244,10 @@ def _peak_allocations(passes: dict[int, Callable], device: torch.device) -> dict
     return peaks
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """The name of a processor, for a CPU with the number of torch's threads."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return torch.cuda.getdevice_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     models = re.findall(r"^model name\s*: (.+)", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else []
     name = models[0] if models else platform.processor() or platform.machine()

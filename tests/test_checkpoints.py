@@ -71,6 +71,7 @@ def test_a_checkpoint_saved_from_any_of_them_loads_again_everywhere(any_model, f
         assert {file.name for file in again.iterdir()} == {
             "config.json",
             "model.safetensors",
+            "cascade_hydravit.py",
             "configuration_hydravit.py",
             "pipeline_hydravit.py",
             "modeling_hydravit.py",

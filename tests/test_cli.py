@@ -139,6 +139,28 @@ def test_extract_leaves_a_folder_that_loads_by_itself(hydravit, folder, tmp_path
     assert code == 1 and "from 1 to 6" in err and not (tmp_path / "wide").exists()
 
 
+# torch warns of itself as it exports
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning", "ignore::DeprecationWarning")
+def test_export_writes_one_width_or_several(hydravit, folder, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    images = torch.randn(2, 3, 8, 8)
+    model = HydraViTForImageClassification.from_pretrained(folder)
+    for path, heads in (("small.onnx", [3]), ("several.onnx", [2, 3])):
+        options = [option for num_heads in heads for option in ("--num-heads", num_heads)]
+        code, out, err = hydravit("export", folder, tmp_path / path, *options)
+        assert code == 0 and str(tmp_path / path) in out, err
+        session = onnxruntime.InferenceSession(tmp_path / path)
+        inputs = {"pixel_values": images.numpy()}
+        if len(heads) > 1:
+            inputs["num_heads_active"] = np.array(3)
+        (logits,) = session.run(None, inputs)
+        torch.testing.assert_close(torch.from_numpy(logits), model(images, num_heads_active=3).logits)
+    code, _, err = hydravit("export", folder, tmp_path / "x", "--format", "nonsense")
+    assert code == 1 and "nonsense" in err and not (tmp_path / "x").exists()
+    code, _, err = hydravit("export", folder, tmp_path / "x.onnx", "--num-heads", 7)
+    assert code == 1 and "from 1 to 6" in err
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -1,0 +1,265 @@
+"""What a cascade over widths is worth: accuracy over mean MACs and over measured time, on two small data sets.
+
+    pip install -c constraints.txt -e ".[train,study]" && python examples/cascade_study.py   # ten minutes on 2 cores
+    python examples/cascade_study.py --report                          # the tables and the plot of what was measured
+
+For each of three seeds, one HydraViT of 3 to 12 heads is trained on three quarters of the training images, as in
+`width_study.py`. The thresholds of cascades are fitted to a range of goals on the last quarter, and all is measured on
+the held-out images, which neither has seen. Trained models are kept in `runs/cascade_study`, what was measured is added
+to `docs/cascade_study.json` model by model, and what is there is not repeated.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+from width_study import (
+    BATCH,
+    DATA,
+    EMA_DECAY,
+    HEADS,
+    LABEL_SMOOTHING,
+    MAX_GRAD_NORM,
+    WARMUP,
+    WEIGHT_DECAY,
+    load,
+    make_config,
+)
+
+from hydravit_hf import HydraViTForImageClassification, count_macs, evaluate_subnetworks
+from hydravit_hf.cascade import cascade_latencies, evaluate_cascade, fit_cascade
+from hydravit_hf.optimization import PrefixAdamW
+from hydravit_hf.training import AveragedWeights, classification_loss, sample_subnetworks
+
+STEPS = {"digits": 1_700, "mnist": 1_900}  # those of the width study at a quarter of the compute of ten models
+VALIDATION = 0.25
+CASCADES = {"3, 6, 12": [3, 6, 12], "3, 6": [3, 6], "3, 12": [3, 12]}  # the first is what `fit_cascade` takes by itself
+BUDGETS = 10  # from 1.1 times the MACs of the narrowest to 0.97 times those of the widest
+TIMED_BATCH, ROUNDS = 100, 3
+OPTIONS = {"batch_size": 250, "disable_tqdm": True}
+STYLES = {
+    "one width": {"color": "0.35", "marker": "s", "linestyle": "--"},
+    "3, 6, 12": {"color": "#4338ca", "marker": "o"},
+    "3, 6": {"color": "#0891b2", "marker": "^"},
+    "3, 12": {"color": "#d97706", "marker": "v"},
+}
+
+
+class Tensors(Dataset):
+    """Images and labels as a data set of items."""
+
+    def __init__(self, pixel_values: torch.Tensor, labels: torch.Tensor):
+        self.pixel_values, self.labels = pixel_values, labels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return {"pixel_values": self.pixel_values[index], "labels": self.labels[index]}
+
+
+def split(data: str, seed: int) -> tuple[Tensors, Tensors, Tensors]:
+    """Images to train on, to fit on and to measure on."""
+    (images, labels), test = (part.tensors for part in load(data))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    parts = order.split([len(images) - (held := round(VALIDATION * len(images))), held])
+    return *(Tensors(images[part], labels[part]) for part in parts), Tensors(*test)
+
+
+def train(data: str, seed: int, folder: Path) -> Path:
+    """Train one HydraViT, unless it is there, by uniform draws that leave unused weights alone."""
+    folder = folder / f"{data}-{seed}"
+    if folder.exists():
+        return folder
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    part, *_ = split(data, seed)
+    learning_rate, steps, per_epoch = DATA[data][-1], STEPS[data], len(part) // BATCH
+    model = HydraViTForImageClassification(make_config(data, HEADS)).train()
+    optimizer = PrefixAdamW(model, learning_rate, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, learning_rate, total_steps=steps + 1, pct_start=WARMUP, cycle_momentum=False, div_factor=1e3
+    )
+    average = AveragedWeights(model, EMA_DECAY)
+    for step in range(steps):
+        epoch, position = divmod(step, per_epoch)
+        if position == 0:
+            order = torch.randperm(len(part), generator=torch.Generator().manual_seed(1_000 * seed + epoch))
+        batch = order[position * BATCH : (position + 1) * BATCH]
+        (num_heads,) = sample_subnetworks(model.config, seed, step, "uniform")
+        logits = model(part.pixel_values[batch], num_heads_active=num_heads).logits
+        classification_loss(logits, part.labels[batch], label_smoothing=LABEL_SMOOTHING).backward()
+        optimizer.num_heads = num_heads
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        average.update()
+    average.swap()
+    model.save_pretrained(folder)
+    return folder
+
+
+def measure(data: str, seed: int, folder: Path) -> list[dict]:
+    """A row for each width and for each cascade and goal: what it reaches on the held-out images."""
+    model = HydraViTForImageClassification.from_pretrained(folder).eval()
+    _, validation, test = split(data, seed)
+    of_seed = {"data": data, "seed": seed}
+    # 1. Every width
+    macs = {num_heads: count_macs(model.config, num_heads) for num_heads in HEADS}
+    ms = timed({num_heads: partial(forward, model, num_heads) for num_heads in HEADS}, test)
+    rows = [
+        of_seed | {"method": "one width", "num_heads": k, "accuracy": row["accuracy"], "macs": macs[k], "ms": ms[k]}
+        for k, row in zip(HEADS, evaluate_subnetworks(model, test, HEADS, **OPTIONS), strict=True)
+    ]
+    # 2. Cascades, fitted on the validation images
+    goals = [{"max_macs": budget} for budget in np.geomspace(1.1 * macs[3], 0.97 * macs[12], BUDGETS)]
+    goals += [{"max_accuracy_loss": loss} for loss in (0.0, 0.005, 0.01)]
+    cascades, calls = [], {}
+    for (method, heads), goal in product(CASCADES.items(), goals):
+        settings = fit_cascade(model, validation, heads, **goal, **OPTIONS)["cascade"]
+        found = evaluate_cascade(model, test, *settings.values(), **OPTIONS)
+        reached = {name: found[name] for name in ("thresholds", "accuracy", "macs", "shares")}
+        cascades.append(of_seed | {"method": method, "goal": goal} | reached)
+        calls[method, *settings["thresholds"]] = partial(model.cascade, **settings)
+    ms = timed(calls, test)
+    rows += [row | {"ms": ms[row["method"], *row["thresholds"]]} for row in cascades]
+    # 3. Cascades for images that come one by one, fitted to a latency
+    for method, heads in CASCADES.items():
+        latencies = cascade_latencies(model, heads, disable_tqdm=True)
+        goal = {"max_latency_ms": (2 * latencies[0] + latencies[-1]) / 3}
+        settings = fit_cascade(model, validation, heads, **goal, latencies=latencies, **OPTIONS)["cascade"]
+        rows.append(
+            of_seed | {"method": method, "goal": goal, "ms": one_by_one(partial(model.cascade, **settings), test)}
+        )
+    return rows
+
+
+@torch.inference_mode()
+def one_by_one(call, images: Tensors) -> float:
+    """Milliseconds of an image on average, each one the median of some calls."""
+    milliseconds = []
+    for image in images.pixel_values[:, None]:
+        times = []
+        for _ in range(ROUNDS + 1):
+            start = time.perf_counter()
+            call(image)
+            times.append(1e3 * (time.perf_counter() - start))
+        milliseconds.append(statistics.median(times[1:]))
+    return statistics.fmean(milliseconds)
+
+
+@torch.inference_mode()
+def timed(calls: dict, images: Tensors) -> dict:
+    """Milliseconds of CPU time that each call takes for an image: medians of interleaved rounds."""
+    seconds = {name: [] for name in calls}
+    for turn in tqdm(range(-1, ROUNDS), desc="Timing", leave=False):
+        for name, call in calls.items():
+            start = time.process_time()
+            for batch in images.pixel_values.split(TIMED_BATCH):
+                call(batch)
+            seconds[name] += [time.process_time() - start] * (turn >= 0)
+    return {name: 1e3 * statistics.median(times) / len(images) for name, times in seconds.items()}
+
+
+def forward(model: HydraViTForImageClassification, num_heads: int, pixel_values: torch.Tensor):
+    model(pixel_values, num_heads_active=num_heads)
+
+
+def curve(rows: list[dict], data: str, method: str) -> list[dict]:
+    """Means over the seeds, a row for each width or budget, with the standard deviation of the accuracy."""
+    rows = [row for row in rows if row["data"] == data and row["method"] == method]
+    by_seed = [
+        [row for row in rows if row["seed"] == seed and ("num_heads" in row or "max_macs" in row["goal"])]
+        for seed in sorted({row["seed"] for row in rows})
+    ]
+    means = []
+    for same in zip(*by_seed, strict=True):
+        mean = {key: float(np.mean([row[key] for row in same])) for key in ("macs", "ms", "accuracy")}
+        mean["name"] = f"{same[0]['num_heads']} heads" if "num_heads" in same[0] else f"cascade {method}"
+        means.append(mean | {"deviation": float(np.std([row["accuracy"] for row in same], ddof=1))})
+    return means
+
+
+def gains(points: list[dict], widths: list[dict], over: str) -> list[float]:
+    """How far each point is above the line through the widths at equal `over`, in points of accuracy."""
+    line = [[row[key] for row in widths] for key in (over, "accuracy")]
+    return [100 * (point["accuracy"] - float(np.interp(point[over], *line))) for point in points]
+
+
+def report(rows: list[dict], path: Path):
+    """Print the tables, and plot accuracy over MACs and over time."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 8), dpi=150, layout="constrained")
+    for data, pair in zip(DATA, figure.subplots(2, 2), strict=True):
+        widths = curve(rows, data, "one width")
+        print(f"\n{data}\n\n| | MACs | ms | accuracy | at equal MACs | at equal time |\n| --- |" + " ---: |" * 5)
+        for method in ("one width", *CASCADES):
+            points = curve(rows, data, method)
+            above = [gains(points, widths, over) for over in ("macs", "ms")]
+            for row, *both in zip(points, *above, strict=True):
+                cells = [row["name"], f"{row['macs'] / 1e6:.2f} M", f"{row['ms']:.4f}", f"{row['accuracy']:.2%}"]
+                cells += ["", ""] if method == "one width" else [f"{gain:+.2f}" for gain in both]
+                print("| " + " | ".join(cells) + " |")
+            for axes, over, unit in zip(pair, ("macs", "ms"), (1e6, 1), strict=True):
+                label = method if method == "one width" else f"cascade of {method} heads"
+                x = [row[over] / unit for row in points]
+                axes.plot(x, [100 * row["accuracy"] for row in points], label=label, **STYLES[method])
+        for axes, label in zip(pair, ("million MACs per image, mean", "ms of one core per image, mean"), strict=True):
+            axes.set(xlabel=label, ylabel="accuracy, %", title=f"{data}: mean of the seeds")
+            axes.grid(color="0.92")
+            axes.set_axisbelow(True)
+            axes.spines[["top", "right"]].set_visible(False)
+        pair[0].legend(frameon=False, fontsize=9, loc="lower right")
+    figure.savefig(path)
+    print("\nGoals of the validation images on the held-out ones\n\n| | goal | mean | worst of the seeds |")
+    print("| --- | --- | ---: | ---: |")
+    for data, method, name in product(DATA, CASCADES, ("max_macs", "max_latency_ms", "max_accuracy_loss")):
+        chosen = [row for row in rows if (row["data"], row["method"]) == (data, method) and name in row.get("goal", {})]
+        if name == "max_accuracy_loss":
+            widest = {
+                row["seed"]: row["accuracy"] for row in rows if row["data"] == data and row.get("num_heads") == 12
+            }
+            missed = [100 * (widest[row["seed"]] - row["accuracy"] - row["goal"][name]) for row in chosen]
+            form = "{:+.2f} points of accuracy"
+        else:
+            reached = {"max_macs": "macs", "max_latency_ms": "ms"}[name]
+            missed = [100 * (row[reached] / row["goal"][name] - 1) for row in chosen]
+            form = "{:+.1f} % of the budget"
+        print(f"| {data}, {method} | `{name}` | {form.format(np.mean(missed))} | {form.format(max(missed))} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--num_processes", type=int, default=2)
+    parser.add_argument("--models", type=Path, default=Path("runs/cascade_study"))
+    parser.add_argument("--output_dir", type=Path, default=Path("docs"))
+    parser.add_argument("--report", action="store_true", help="measure nothing, report what was measured")
+    args = parser.parse_args()
+    file = args.output_dir / "cascade_study.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    jobs = [job for job in product(DATA, range(args.seeds)) if f"{job[0]}/{job[1]}" not in results]
+    if jobs and not args.report:
+        with ProcessPoolExecutor(args.num_processes, mp_context=get_context("spawn")) as pool:
+            folders = list(pool.map(partial(train, folder=args.models), *zip(*jobs, strict=True)))
+        torch.set_num_threads(1)
+        for (data, seed), folder in zip(jobs, folders, strict=True):
+            results[f"{data}/{seed}"] = measure(data, seed, folder)
+            file.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    report([row for rows in results.values() for row in rows], args.output_dir / "cascade_study.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,330 @@
+"""Exports give the logits of the model, at every width and batch size, and carry what is needed to use them."""
+
+import importlib.util
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hydravit_hf import HydraViTModel, export
+from hydravit_hf.export import export_subnetwork, export_subnetworks
+from hydravit_hf.image_processing import make_image_processor
+
+HEADS = range(1, 7)
+BATCHES = (1, 2, 5)
+ATOL = 1e-4
+pytestmark = [  # what torch, onnxscript, torchao and ExecuTorch warn of among themselves
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+
+traced = {}
+
+
+@pytest.fixture(autouse=True)
+def trace_once(monkeypatch):
+    """Tracing takes the time here: the same weights at the same width are traced once."""
+    trace = export._export
+
+    def trace_or_copy(model, num_heads, format, *args):
+        if format != "onnx":
+            return trace(model, num_heads, format, *args)
+        weights = b"".join(tensor.numpy().tobytes() for tensor in model.state_dict().values())
+        key = (num_heads, hash(weights))
+        if key not in traced:
+            traced[key] = trace(model, num_heads, format, *args)
+        return traced[key].clone()
+
+    monkeypatch.setattr(export, "_export", trace_or_copy)
+
+
+@pytest.fixture
+def make_model(make_model):
+    return partial(make_model, num_hidden_layers=1)
+
+
+@pytest.fixture
+def onnxruntime():
+    pytest.importorskip("onnxscript", reason="needs the extra `export`")
+    return pytest.importorskip("onnxruntime", reason="needs the extra `export`")
+
+
+@pytest.fixture
+def images():
+    return torch.randn(max(BATCHES), 3, 16, 16)
+
+
+def installed(package: str):
+    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"needs {package}")
+
+
+def eager(model, images: torch.Tensor, num_heads: int) -> np.ndarray:
+    with torch.no_grad():
+        return model(images, num_heads_active=num_heads).logits.numpy()
+
+
+def assert_same_logits(run, model, images, num_heads):
+    for batch_size in BATCHES:
+        batch = images[:batch_size]
+        np.testing.assert_allclose(run(batch), eager(model, batch, num_heads), rtol=0, atol=ATOL)
+
+
+def onnx_runner(session, **inputs):
+    return lambda batch: session.run(["logits"], {"pixel_values": batch.numpy(), **inputs})[0]
+
+
+def total_size(folder) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+@pytest.mark.parametrize("separate_classifiers", [False, True])
+@pytest.mark.parametrize("num_heads", HEADS)
+def test_onnx_runtime_gives_the_logits_at_every_width(
+    make_model, images, tmp_path, onnxruntime, num_heads, separate_classifiers
+):
+    model = make_model(separate_classifiers=separate_classifiers)
+    path = export_subnetwork(model, num_heads, "onnx", tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(path)
+    assert [(value.name, value.shape) for value in session.get_inputs()] == [("pixel_values", ["batch", 3, 16, 16])]
+    assert [(value.name, value.shape) for value in session.get_outputs()] == [("logits", ["batch", 5])]
+    assert_same_logits(onnx_runner(session), model, images, num_heads)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+
+
+@pytest.mark.parametrize("separate_classifiers", [False, True])
+def test_one_onnx_file_runs_every_width(make_model, images, tmp_path, onnxruntime, separate_classifiers):
+    model = make_model(separate_classifiers=separate_classifiers)
+    path = export_subnetworks(model, None, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(path)
+    assert json.loads(session.get_modelmeta().custom_metadata_map["heads"]) == list(HEADS)
+    for num_heads in HEADS:
+        run = onnx_runner(session, num_heads_active=np.array(num_heads))
+        assert_same_logits(run, model, images, num_heads)
+
+
+@pytest.mark.parametrize("separate_classifiers", [False, True])
+def test_a_folder_of_onnx_graphs_shares_one_file_of_weights(
+    make_model, images, tmp_path, onnxruntime, separate_classifiers
+):
+    model = make_model(separate_classifiers=separate_classifiers)
+    folder = export_subnetworks(model, None, tmp_path / "onnx")
+    names = {f"{num_heads}_heads.onnx" for num_heads in HEADS}
+    assert {file.name for file in folder.iterdir()} == {"weights.bin", *names}
+    moved = folder.rename(tmp_path / "elsewhere")
+    for num_heads in HEADS:
+        session = onnxruntime.InferenceSession(moved / f"{num_heads}_heads.onnx")
+        assert json.loads(session.get_modelmeta().custom_metadata_map["num_heads"]) == num_heads
+        assert_same_logits(onnx_runner(session), model, images, num_heads)
+
+
+def test_a_file_of_several_widths_refuses_others(model, images, tmp_path, onnxruntime):
+    session = onnxruntime.InferenceSession(export_subnetworks(model, [2, 6], tmp_path / "model.onnx"))
+    onnxruntime.set_default_logger_severity(4)
+    try:
+        with pytest.raises(Exception, match="num_heads_active must be one of 2, 6"):
+            onnx_runner(session, num_heads_active=np.array(3))(images)
+    finally:
+        onnxruntime.set_default_logger_severity(2)
+
+
+def test_graphs_are_valid_onnx(model, tmp_path, onnxruntime):
+    from onnx.checker import check_model
+
+    export_subnetwork(model, 2, "onnx", tmp_path / "one.onnx")
+    export_subnetworks(model, [2, 6], tmp_path / "all.onnx")
+    folder = export_subnetworks(model, [2, 6], tmp_path / "all")
+    for path in (tmp_path / "one.onnx", tmp_path / "all.onnx", folder / "2_heads.onnx", folder / "6_heads.onnx"):
+        check_model(path, full_check=True)
+
+
+def test_an_export_is_no_larger_than_that_of_a_vit_of_its_shapes(make_model, tmp_path, onnxruntime):
+    import onnx_ir
+    from transformers import ViTConfig, ViTForImageClassification
+    from transformers.exporters import OnnxConfig, OnnxExporter
+
+    model = make_model(head_dim=64)
+    sizes = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768, "num_hidden_layers": 1}
+    vit = ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=4, num_labels=5)).eval()
+    assert vit.num_parameters() == model.extract_subnetwork(3).num_parameters()
+    with torch.no_grad():  # values that repeat, as zeros of new biases do, would be stored once
+        for parameter in vit.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    batch = {"pixel_values": {0: torch.export.Dim("batch")}}
+    exported = OnnxExporter().export(vit, {"pixel_values": torch.zeros(2, 3, 16, 16)}, OnnxConfig(dynamic_shapes=batch))
+    onnx_ir.save(exported.program, tmp_path / "vit.onnx")
+    path = export_subnetwork(model, 3, "onnx", tmp_path / "model.onnx", make_image_processor(model.config))
+    assert path.stat().st_size <= (tmp_path / "vit.onnx").stat().st_size
+
+
+def test_several_widths_take_the_space_of_the_widest(make_model, tmp_path, onnxruntime):
+    model = make_model(head_dim=64)
+    widest = export_subnetwork(model, 6, "onnx", tmp_path / "widest.onnx").stat().st_size
+    assert export_subnetworks(model, [1, 3, 6], tmp_path / "model.onnx").stat().st_size <= 1.05 * widest
+    assert total_size(export_subnetworks(model, [1, 3, 6], tmp_path / "onnx")) <= 1.05 * widest
+
+
+@pytest.mark.parametrize("separate_classifiers", [False, True])
+def test_torch_export_reloads(make_model, images, tmp_path, separate_classifiers):
+    model = make_model(separate_classifiers=separate_classifiers)
+    for num_heads in (2, 6):
+        path = export_subnetwork(model, num_heads, "torch_export", tmp_path / "model.pt2")
+        module = torch.export.load(path).module()
+        run = lambda batch: module(pixel_values=batch).logits.detach().numpy()  # noqa: B023, E731
+        assert_same_logits(run, model, images, num_heads)
+
+
+@installed("openvino")
+def test_openvino_gives_the_logits(model, images, tmp_path):
+    import openvino
+
+    path = export_subnetwork(model, 2, "openvino", tmp_path / "model.xml")
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    assert_same_logits(lambda batch: compiled({"pixel_values": batch.numpy()})["logits"], model, images, 2)
+    assert {file.name for file in tmp_path.iterdir()} == {"model.xml", "model.bin"}
+
+
+@pytest.mark.slow
+@installed("executorch")
+def test_executorch_gives_the_logits(model, images, tmp_path):
+    from executorch.runtime import Runtime
+
+    path = export_subnetwork(model, 2, "executorch", tmp_path / "model.pte")
+    method = Runtime.get().load_program(path).load_method("forward")
+    assert_same_logits(lambda batch: method.execute([batch])[0].numpy(), model, images, 2)
+    assert json.loads((tmp_path / "model.pte.json").read_text())["num_heads"] == 2
+    assert {file.name for file in tmp_path.iterdir()} == {"model.pte", "model.pte.json"}
+
+
+def preprocess(image: Image.Image, recipe: dict) -> np.ndarray:
+    """What the metadata say, with Pillow and numpy alone."""
+    if recipe["do_convert_rgb"]:
+        image = image.convert("RGB")
+    size = recipe["size"]
+    pixels = np.asarray(image.resize((size["width"], size["height"]), recipe["resample"]))
+    pixels = pixels * recipe["rescale_factor"]
+    pixels = (pixels - recipe["image_mean"]) / recipe["image_std"]
+    return pixels.transpose(2, 0, 1)[None].astype(np.float32)
+
+
+def read_metadata(path, format: str) -> dict:
+    if format == "onnx":
+        onnxruntime = pytest.importorskip("onnxruntime")
+        metadata = onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map
+        return {name: json.loads(value) for name, value in metadata.items()}
+    if format == "torch_export":
+        files = {"metadata.json": ""}
+        torch.export.load(path, extra_files=files)
+        return json.loads(files["metadata.json"])
+    import openvino
+
+    program = openvino.Core().read_model(path)
+    names = ("num_heads", "image_size", "id2label", "image_processor")
+    return {name: json.loads(program.get_rt_info(["hydravit", name]).astype(str)) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("format", "suffix"),
+    [("torch_export", "pt2"), ("onnx", "onnx"), pytest.param("openvino", "xml", marks=installed("openvino"))],
+)
+def test_the_metadata_are_enough_to_use_the_file(make_model, tmp_path, format, suffix):
+    if format == "onnx":
+        pytest.importorskip("onnxscript")
+    labels = {0: "a", 1: "b", 2: "ü", 3: '"d"', 4: "e"}
+    model = make_model(id2label=labels, label2id={label: number for number, label in labels.items()})
+    processor = make_image_processor(model.config, image_mean=(0.1, 0.2, 0.3), image_std=(0.4, 0.5, 0.6))
+    path = export_subnetwork(model, 2, format, tmp_path / f"model.{suffix}", processor)
+    metadata = read_metadata(path, format)
+    assert (metadata["num_heads"], metadata["image_size"]) == (2, [16, 16])
+    assert {int(number): label for number, label in metadata["id2label"].items()} == labels
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8))
+    expected = processor(image, return_tensors="np").pixel_values
+    np.testing.assert_allclose(preprocess(image, metadata["image_processor"]), expected, atol=1e-6)
+
+
+def test_the_default_width_is_that_of_the_model(make_model, images, tmp_path):
+    model = make_model(num_heads_active=2)
+    path = export_subnetwork(model, None, "torch_export", tmp_path / "model.pt2")
+    files = {"metadata.json": ""}
+    torch.export.load(path, extra_files=files)
+    assert json.loads(files["metadata.json"])["num_heads"] == 2
+
+
+def test_exporting_leaves_the_model_as_it_was(make_model, tmp_path):
+    model = make_model().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    export_subnetwork(model, 6, "torch_export", tmp_path / "model.pt2")
+    assert model.training
+    assert model.config._attn_implementation == make_model().config._attn_implementation
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("num_heads", [0, 7, -1, True, 2.0])
+def test_a_width_out_of_range_is_refused(model, tmp_path, num_heads):
+    with pytest.raises(ValueError, match="from 1 to 6"):
+        export_subnetwork(model, num_heads, "torch_export", tmp_path / "model.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_mistakes_are_named(model, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="`format` must be one of onnx, torch_export, executorch, openvino"):
+        export_subnetwork(model, 2, "tflite", tmp_path / "model")
+    with pytest.raises(ValueError, match="is a classifier"):
+        export_subnetwork(HydraViTModel(model.config), 2, "torch_export", tmp_path / "model.pt2")
+    monkeypatch.setattr(export, "find_spec", lambda package: None)
+    for format, package in (("onnx", "onnxscript"), ("executorch", "executorch"), ("openvino", "openvino")):
+        with pytest.raises(ImportError, match=rf'{package}.*pip install "hydravit_hf\[export\]"'):
+            export_subnetwork(model, 2, format, tmp_path / "model")
+    with pytest.raises(ImportError, match="onnxscript"):
+        export_subnetworks(model, None, tmp_path / "model.onnx")
+    monkeypatch.setattr(export, "find_spec", lambda package: package)
+    for format, suffix in (("onnx", "onnx"), ("torch_export", "pt2"), ("executorch", "pte"), ("openvino", "xml")):
+        with pytest.raises(ValueError, match=rf"must end with '\.{suffix}'"):
+            export_subnetwork(model, 2, format, tmp_path / "model.bin")
+    with pytest.raises(ValueError, match="each width once"):
+        export_subnetworks(model, [2, 2], tmp_path / "model.onnx")
+    with pytest.raises(ValueError, match="from 1 to 6"):
+        export_subnetworks(model, [2, 7], tmp_path / "model.onnx")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(ValueError, match="new or empty folder"):
+        export_subnetworks(model, [2], tmp_path / "full")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["full"]
+
+
+def test_a_failure_leaves_what_was_there(model, tmp_path, monkeypatch):
+    path = tmp_path / "model.pt2"
+
+    def fail(program, file, **kwargs):
+        file.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch.export, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        export_subnetwork(model, 2, "torch_export", path)
+    assert not list(tmp_path.iterdir())
+    path.write_bytes(b"before")
+    with pytest.raises(OSError, match="disk full"):
+        export_subnetwork(model, 2, "torch_export", path)
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"before"]
+
+
+def test_a_failure_leaves_no_half_of_a_folder(model, tmp_path, monkeypatch, onnxruntime):
+    save, calls = export._save_onnx, []
+
+    def fail_later(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise OSError("disk full")
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(export, "_save_onnx", fail_later)
+    with pytest.raises(OSError, match="disk full"):
+        export_subnetworks(model, [2, 6], tmp_path / "onnx")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    (tmp_path / "onnx").mkdir()
+    assert export_subnetworks(model, [2, 6], tmp_path / "onnx").is_dir()  # an empty folder is as good as none
