@@ -65,7 +65,7 @@ def test_the_commands_install_extras_that_exist_and_run_files_that_exist():
         assert command.count("\n") == 1  # one line installs and runs
         assert set(re.search(r"\[(.*)\]", command)[1].split(",")) <= set(extras)
     for folder, text in ((ROOT, README), (ROOT / "docs", TRAINING)):
-        for path in re.findall(r"\]\(((?!http)[^)]+)\)", text):
+        for path in re.findall(r"\]\(((?!http|#)[^)]+)\)", text):
             assert (folder / path).exists(), path
 
 
