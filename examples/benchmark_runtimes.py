@@ -7,8 +7,8 @@
 Each round calls every way once at every width, in a shuffled order, so that a drift of the machine hits all alike, and
 each call comes after one of another width. A ratio is the median over the rounds of stock ViT in float32 over this way,
 both of one round: above 1 is faster than what users of a plain ViT run today. `agreement` is the share of the images on
-which the first label is that of stock ViT; with `--checkpoint`, `accuracy` is that on the held-out digits. A runtime that
-isn't installed is left out.
+which the first label is that of stock ViT; with `--checkpoint`, `accuracy` is that on the held-out digits. A runtime
+that isn't installed is left out.
 """
 
 import argparse

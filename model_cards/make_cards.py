@@ -1,8 +1,8 @@
 """Make the cards of the released checkpoints.
 
-    python model_cards/make_cards.py                        # hydravit-base-patch16-224, from the published figures
-    python examples/train_accelerate.py --output_dir runs/hydravit-digits
-    python model_cards/make_cards.py runs/hydravit-digits   # hydravit-digits, as that training run left it
+python model_cards/make_cards.py                        # hydravit-base-patch16-224, from the published figures
+python examples/train_accelerate.py --output_dir runs/hydravit-digits
+python model_cards/make_cards.py runs/hydravit-digits   # hydravit-digits, as that training run left it
 """
 
 import shutil
@@ -29,8 +29,8 @@ PUBLISHED = {
     12: (81.096, 1754),
 }
 NOTE = """**These accuracies and throughputs are those that the authors of HydraViT publish, not measurements of ours**
-([ds-kiel/HydraViT](https://github.com/ds-kiel/HydraViT); top-1 on the validation images of ImageNet-1K, images per second
-on an A100; which training run they belong to is not stated there). Parameters and MACs are counted."""
+([ds-kiel/HydraViT](https://github.com/ds-kiel/HydraViT); top-1 on the validation images of ImageNet-1K, images per
+second on an A100; which training run they belong to is not stated there). Parameters and MACs are counted."""
 TRAINING = """The weights are the authors' (Zenodo record 14300201), converted from their training file by
 
 ```bash
@@ -38,11 +38,11 @@ hydravit convert model_best.pth.tar hydravit-base-patch16-224
 ```
 
 Their recipe: ImageNet-1K, one width drawn at each step; 300 epochs and 10 of cool-down on two A100, 512 images on each;
-AdamW with learning rate 5e-4 for 512 images, scaled linearly, 5 epochs of warm-up and a cosine down to 1e-5; weight decay
-0.05, drop path 0.1, RandAugment, mixup 0.8, CutMix 1.0, label smoothing 0.1, random erasing 0.25, averaged weights with
-decay 0.99996; images resized so that 0.9 of the shorter side is the 224-pixel crop."""
-LIMITS = """The licence of the weights is their authors' to tell. The conversion was checked against logits that the original
-gives for recorded weights, not on the published file."""
+AdamW with learning rate 5e-4 for 512 images, scaled linearly, 5 epochs of warm-up and a cosine down to 1e-5; weight
+decay 0.05, drop path 0.1, RandAugment, mixup 0.8, CutMix 1.0, label smoothing 0.1, random erasing 0.25, averaged weights
+with decay 0.99996; images resized so that 0.9 of the shorter side is the 224-pixel crop."""
+LIMITS = """The licence of the weights is their authors' to tell. The conversion was checked against logits that the
+original gives for recorded weights, not on the published file."""
 
 
 def make_base_card(folder: Path):
