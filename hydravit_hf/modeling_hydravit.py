@@ -168,7 +168,7 @@ class HydraViTEmbeddings(nn.Module):
     def forward(self, pixel_values: torch.Tensor, width: int, interpolate_pos_encoding: bool = False) -> torch.Tensor:
         self._check_images(pixel_values, interpolate_pos_encoding)
         patches = self.patch_embeddings(pixel_values, width)
-        cls_token = self.cls_token[..., :width].expand(len(patches), -1, -1)
+        cls_token = self.cls_token[..., :width].expand(patches.shape[0], -1, -1)
         position_embeddings = self.position_embeddings[..., :width]
         if interpolate_pos_encoding:
             grid = grid_of(tuple(pixel_values.shape[2:]), self.patch_embeddings.patch_size)

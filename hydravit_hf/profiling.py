@@ -247,7 +247,7 @@ def _peak_allocations(passes: dict[int, Callable], device: torch.device) -> dict
 def device_name(device: torch.device) -> str:
     """The name of a processor, for a CPU with the number of torch's threads."""
     if device.type == "cuda":
-        return torch.cuda.getdevice_name(device)
+        return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     models = re.findall(r"^model name\s*: (.+)", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else []
     name = models[0] if models else platform.processor() or platform.machine()

@@ -39,8 +39,8 @@ hydravit convert model_best.pth.tar hydravit-base-patch16-224
 
 Their recipe: ImageNet-1K, one width drawn at each step; 300 epochs and 10 of cool-down on two A100, 512 images on each;
 AdamW with learning rate 5e-4 for 512 images, scaled linearly, 5 epochs of warm-up and a cosine down to 1e-5; weight
-decay 0.05, drop path 0.1, RandAugment, mixup 0.8, CutMix 1.0, label smoothing 0.1, random erasing 0.25, averaged weights
-with decay 0.99996; images resized so that 0.9 of the shorter side is the 224-pixel crop."""
+decay 0.05, drop path 0.1, RandAugment, mixup 0.8, CutMix 1.0, label smoothing 0.1, random erasing 0.25, averaged
+weights with decay 0.99996; images resized so that 0.9 of the shorter side is the 224-pixel crop."""
 LIMITS = """The licence of the weights is their authors' to tell. The conversion was checked against logits that the
 original gives for recorded weights, not on the published file."""
 

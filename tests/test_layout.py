@@ -66,7 +66,19 @@ def test_what_travels_imports_what_transformers_needs_and_each_other_only():
 
 
 def test_importing_the_package_needs_no_extra():
-    extras = {"accelerate", "datasets", "evaluate", "gradio", "matplotlib", "onnx", "openvino", "sklearn"}
+    extras = {
+        "sklearn",
+        "onnxruntime",
+        "torchao",
+        "accelerate",
+        "datasets",
+        "evaluate",
+        "gradio",
+        "matplotlib",
+        "onnx",
+        "onnx_ir",
+        "openvino",
+    }
     todo, seen = {"__init__"}, set()
     while todo:
         module = todo.pop()
