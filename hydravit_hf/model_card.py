@@ -93,6 +93,7 @@ def create_model_card(
         config=config,
         image_size=" x ".join(map(str, as_pair(config.image_size))),
         trained_widths=trained_widths,
+        cascade_heads=_listed(config.cascade["num_heads"]) if config.cascade else None,
         results_note=results_note or f"Accuracy on {dataset_name}.",
         table=format_table([{key: row[key] for key in columns if key in row} for row in results]),
         machine=_machine(results[0]),

@@ -80,6 +80,13 @@ def test_a_card_has_the_sections_that_it_was_given_words_for(make_model):
     assert "## Training\n\nOn a whim.\n" in create_model_card(model, ROWS, "tiny", training="On a whim.").text
 
 
+def test_a_cascade_that_is_saved_with_the_model_is_shown(make_model):
+    model = make_model(cascade={"num_heads": [1, 3, 6], "thresholds": 0.5})
+    card = create_model_card(model, ROWS, "tiny", plot="plot.png")
+    assert "runs 1, 3 and 6 heads in turn" in card.text and 'num_heads_active="cascade"' in card.text
+    assert "\n\n\n" not in card.text and "cascade" not in create_model_card(make_model(), ROWS, "tiny").text
+
+
 @pytest.mark.parametrize("results", [[], [{"num_heads": 1}], [{"accuracy": 1.0}]])
 def test_results_without_widths_or_accuracies_are_refused(model, results):
     with pytest.raises(ValueError, match="a row for each width"):
