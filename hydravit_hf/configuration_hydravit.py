@@ -1,8 +1,8 @@
 # Copyright 2026 The hydravit_hf authors. Licensed under the Apache License, Version 2.0.
 """HydraViT configuration: one dial, the number of attention heads; every width is derived from it.
 
-This file, `modeling_hydravit.py`, `cascade_hydravit.py` and `pipeline_hydravit.py` travel with each saved checkpoint as
-remote code, so they import the standard library, what transformers needs, and each other only.
+The files `*_hydravit.py` travel with each saved checkpoint as remote code, so they import the standard library, what
+transformers needs, and each other only.
 """
 
 import math

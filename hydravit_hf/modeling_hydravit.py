@@ -19,17 +19,14 @@ D = k x head_dim, the active width.
 """
 
 import copy
-import json
 import math
 import os
 import re
 import shutil
-import struct
 from bisect import bisect_left
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import nn
@@ -52,10 +49,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import (
     CONFIG_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
     TransformersKwargs,
-    cached_file,
     can_return_tuple,
     logging,
     resolve_revision,
@@ -63,6 +57,7 @@ from transformers.utils import (
 from transformers.utils.output_capturing import capture_outputs
 
 from .cascade_hydravit import CascadeOutput, run_cascade
+from .checkpoint_hydravit import find_weights, move_checkpoint, read_header, saved_config
 from .configuration_hydravit import HydraViTConfig, as_pair, grid_of
 from .pipeline_hydravit import TASK, HydraViTImageClassificationPipeline
 
@@ -352,15 +347,15 @@ class HydraViTPreTrainedModel(PreTrainedModel):
             kwargs |= dtype
         paths = []
         if kwargs.get("use_safetensors") is not False and kwargs.get("state_dict") is None:
-            paths = _find_weights(pretrained_model_name_or_path, kwargs.get("variant"), hub_kwargs)
+            paths = find_weights(pretrained_model_name_or_path, kwargs.get("variant"), hub_kwargs)
         with ExitStack() as files:  # open until all is read, so that a save in the meantime can't mix two checkpoints
             stored = {}
             for path in paths:
-                header = _read_header(files.enter_context(open(path, "rb")))
+                header = read_header(files.enter_context(open(path, "rb")))
                 if twice := stored.keys() & header.keys():
                     raise OSError(f"'{path}' holds '{min(twice)}', which another shard holds as well.")
                 stored |= header
-            saved = _saved_config(pretrained_model_name_or_path, config, hub_kwargs) if paths else config
+            saved = saved_config(pretrained_model_name_or_path, config, hub_kwargs) if paths else config
             if saved is not config and not kwargs.get("ignore_mismatched_sizes"):
                 _check_shapes(stored, saved)
             held = _num_heads(stored, config)
@@ -401,7 +396,7 @@ class HydraViTPreTrainedModel(PreTrainedModel):
         staging.mkdir(parents=True)
         try:
             super().save_pretrained(staging, push_to_hub=push_to_hub, **kwargs)
-            _move_checkpoint(staging, directory)
+            move_checkpoint(staging, directory)
         except Exception as error:
             failure = re.search(r"\(os error (\d+)\)", str(error))  # as safetensors' own class of errors says it
             if failure is None:
@@ -822,89 +817,6 @@ def _vit_tensors(vit: ViTPreTrainedModel | DeiTPreTrainedModel, config: HydraViT
     return tensors
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files: reading the leading rows of safetensors, and replacing a checkpoint without ever losing it
-# ---------------------------------------------------------------------------------------------------------------------
-
-_SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-
-
-class _StoredTensor:
-    """A tensor in an open safetensors file; slicing it reads the leading rows that are asked for and nothing else.
-
-    The rows of a matrix are contiguous, so one read fetches them; the columns are cut in memory, as they share their
-    pages with the rest of the row. Memory maps (safetensors' `get_slice`) make the kernel read the whole file ahead.
-    """
-
-    def __init__(self, file: BinaryIO, dtype: torch.dtype, shape: list[int], start: int, scratch: bytearray):
-        self.file, self.dtype, self.shape, self.start = file, dtype, shape, start
-        self.scratch = scratch  # shared by the tensors of a file: fresh memory for each would cost more than the reads
-
-    def __getitem__(self, slices: tuple[slice, ...]) -> torch.Tensor:
-        shape = [len(range(*slices[0].indices(self.shape[0]))), *self.shape[1:]] if slices else []
-        count = math.prod(shape)
-        if count == 0:
-            return torch.empty(shape, dtype=self.dtype)[slices]
-        size = count * self.dtype.itemsize
-        self.scratch.extend(bytes(max(0, size - len(self.scratch))))
-        self.file.seek(self.start)
-        if self.file.readinto(memoryview(self.scratch)[:size]) < size:
-            raise OSError(f"'{self.file.name}' was cut while it was read.")
-        rows = torch.frombuffer(self.scratch, dtype=self.dtype, count=count).view(shape)
-        return rows[slices].clone(memory_format=torch.contiguous_format)
-
-
-def _find_weights(checkpoint, variant: str | None, hub_kwargs: dict) -> list[str]:
-    """Paths of a checkpoint's safetensors files, fetched from the Hub where needed; empty where it has none."""
-
-    def find(name: str) -> str | None:
-        if variant is not None:
-            name = f".{variant}.".join(name.rsplit(".", 1))
-        return cached_file(checkpoint, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
-
-    if (weights := find(SAFE_WEIGHTS_NAME)) is not None:
-        return [weights]
-    if (index := find(SAFE_WEIGHTS_INDEX_NAME)) is None:
-        return []
-    return [cached_file(checkpoint, shard, **hub_kwargs) for shard in _read_index(index)]
-
-
-def _read_index(file: str) -> list[str]:
-    """The names of the shards that an index names; they lie beside it, and nowhere else."""
-    try:
-        index = json.loads(Path(file).read_text(encoding="utf-8"))
-        shards = sorted(set(index["weight_map"].values()))
-        if not isinstance(index["metadata"], dict) or not shards:
-            raise ValueError("it names no shards, or has no metadata")
-        for shard in shards:
-            if not re.fullmatch(r"[^/\\:]+[.]safetensors", shard):
-                raise ValueError(f"'{shard}' is not the name of a safetensors file beside it")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise OSError(f"'{file}' is not an index of shards: {type(error).__name__}: {error}") from error
-    return shards
-
-
-def _saved_config(checkpoint, config: PreTrainedConfig, hub_kwargs: dict) -> PreTrainedConfig:
-    """The configuration that lies beside a checkpoint, which is `config` without its overrides; `config` where none."""
-    if cached_file(checkpoint, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs) is None:
-        return config
-    values, _ = type(config).get_config_dict(checkpoint, **hub_kwargs)
-    return type(config).from_dict(values)
-
-
 def _check_shapes(stored: dict, config: HydraViTConfig):
     """Compare a checkpoint with the configuration that lies beside it, before a model is made from either.
 
@@ -934,64 +846,6 @@ def _check_shapes(stored: dict, config: HydraViTConfig):
                 f"'{name}' is of {tensor.dtype} and shape {list(tensor.shape)} in the weights; by {CONFIG_NAME} it is "
                 f"of floating point and shape {list(parameter.shape)}: {advice}"
             )
-
-
-def _read_header(file: BinaryIO) -> dict[str, _StoredTensor]:
-    """The tensors of a safetensors file: 8 bytes with the header's length, the header (JSON), the data."""
-    try:
-        file_size = os.fstat(file.fileno()).st_size
-        (header_size,) = struct.unpack("<Q", file.read(8))
-        if header_size > file_size:
-            raise ValueError("the header does not fit into the file")
-        header = json.loads(file.read(header_size))
-        header.pop("__metadata__", None)
-        tensors, scratch, end = {}, bytearray(), 0
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape, start = _SAFETENSORS_DTYPES.get(entry["dtype"]), entry["shape"], end
-            if dtype is None or any(type(size) is not int or size < 0 for size in shape + entry["data_offsets"]):
-                raise ValueError(f"'{name}' is {entry}")
-            end = start + math.prod(shape) * dtype.itemsize
-            if entry["data_offsets"] != [start, end]:
-                raise ValueError(f"the data of '{name}' does not follow on that of the tensor before it")
-            tensors[name] = _StoredTensor(file, dtype, shape, 8 + header_size + start, scratch)
-        if 8 + header_size + end != file_size:
-            raise ValueError(f"it has {file_size} bytes where its header asks for {8 + header_size + end}")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
-        raise OSError(f"'{file.name}' is not a whole safetensors file: {error}") from error
-    if hasattr(os, "posix_fadvise"):  # Linux; elsewhere the kernel may read somewhat ahead
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-    return tensors
-
-
-def _move_checkpoint(staging: Path, directory: Path):
-    """Replace the checkpoint in `directory` by that in `staging`.
-
-    Each file moves in one step. The one that loading starts from, `model.safetensors` or the index of the shards, moves
-    last, and no shard takes the name of one that the present index needs.
-    """
-    index_file = staging / SAFE_WEIGHTS_INDEX_NAME
-    shards: dict[str, str] = {}
-    if index_file.exists():
-        index = json.loads(index_file.read_text(encoding="utf-8"))
-        for name in set(index["weight_map"].values()):
-            copy = 0
-            while (directory / shards.get(name, name)).exists():
-                copy += 1
-                shards[name] = name.replace("model-", f"model-{copy}-", 1)
-            shards.setdefault(name, name)
-        index["weight_map"] = {tensor: shards[shard] for tensor, shard in index["weight_map"].items()}
-        index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    entries = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
-    entry = next((name for name in entries if (staging / name).exists()), None)
-    for file in sorted(staging.iterdir(), key=lambda file: (file.name == entry, file.name == CONFIG_NAME)):
-        os.replace(file, directory / shards.get(file.name, file.name))
-    if entry is None:
-        return
-    for name in set(entries) - {entry}:
-        (directory / name).unlink(missing_ok=True)
-    for file in directory.iterdir():
-        if re.fullmatch(r"model-(\d+-)?\d{5}-of-\d{5}[.]safetensors", file.name) and file.name not in shards.values():
-            file.unlink()
 
 
 HydraViTModel.register_for_auto_class("AutoModel")

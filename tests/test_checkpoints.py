@@ -12,7 +12,13 @@ from conftest import HEADS
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
-from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, HydraViTModel, modeling_hydravit
+from hydravit_hf import (
+    HydraViTConfig,
+    HydraViTForImageClassification,
+    HydraViTModel,
+    checkpoint_hydravit,
+    modeling_hydravit,
+)
 
 CLASSIFIER = HydraViTForImageClassification
 
@@ -72,6 +78,7 @@ def test_a_checkpoint_saved_from_any_of_them_loads_again_everywhere(any_model, f
             "config.json",
             "model.safetensors",
             "cascade_hydravit.py",
+            "checkpoint_hydravit.py",
             "configuration_hydravit.py",
             "pipeline_hydravit.py",
             "modeling_hydravit.py",
@@ -408,7 +415,7 @@ def test_the_row_reader_agrees_with_safetensors(tmp_path):
     file = str(tmp_path / "tensors.safetensors")
     save_file(tensors, file)
     with open(file, "rb") as opened:
-        stored = modeling_hydravit._read_header(opened)
+        stored = checkpoint_hydravit.read_header(opened)
         for name, tensor in load_file(file).items():
             assert stored[name].shape == list(tensor.shape)
             assert torch.equal(stored[name][:3, :2, :1], tensor[:3, :2, :1])

@@ -13,7 +13,7 @@ import hydravit_hf
 PACKAGE = Path(__file__).parents[1] / "hydravit_hf"
 # Each file imports from those above it only; files of one line don't import each other.
 LAYERS = [
-    ["configuration_hydravit", "pipeline_hydravit"],
+    ["checkpoint_hydravit", "configuration_hydravit", "pipeline_hydravit"],
     ["cascade_hydravit"],
     ["modeling_hydravit", "image_processing", "subnetwork_accuracy", "reporting"],
     [

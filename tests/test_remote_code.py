@@ -112,6 +112,7 @@ def test_a_folder_loads_where_the_package_is_not_installed(
     assert result.stdout == "done\n"
     assert {file.name for file in (tmp_path / "again").glob("*.py")} == {
         "cascade_hydravit.py",
+        "checkpoint_hydravit.py",
         "configuration_hydravit.py",
         "modeling_hydravit.py",
         "pipeline_hydravit.py",
