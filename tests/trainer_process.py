@@ -52,7 +52,8 @@ def main(output_dir: str, augment: bool = False, resume: bool = False, model: di
     if trainer.is_world_process_zero():
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         (Path(output_dir) / "figures.json").write_text(json.dumps({"losses": losses, "metrics": metrics}))
-    trainer.accelerator.wait_for_everyone()  # none leaves while gloo's threads are busy: torch can deadlock there
+    trainer.accelerator.wait_for_everyone()  # none leaves while gloo's threads are busy: torch can deadlock or abort
+    trainer.accelerator.end_training()  # and they are joined
 
 
 if __name__ == "__main__":
