@@ -76,19 +76,11 @@ def evaluate(
 ):
     """How good each width is: accuracy and loss on labelled images."""
     from .evaluation import evaluate_subnetworks
-    from .profiling import count_macs, count_parameters
+    from .profiling import with_costs
 
     loaded = _load(model, device)
     images = _load_images(model, loaded.config, data, split)
-    rows = [
-        {
-            "num_heads": row["num_heads"],
-            "parameters": count_parameters(loaded.config, row["num_heads"]),
-            "macs": count_macs(loaded.config, row["num_heads"]),
-        }
-        | row
-        for row in evaluate_subnetworks(loaded, images, heads, batch_size)
-    ]
+    rows = with_costs(loaded.config, evaluate_subnetworks(loaded, images, heads, batch_size))
     if output is not None:
         output.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     if as_json:

@@ -7,7 +7,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .configuration_hydravit import HydraViTConfig, as_pair
 from .modeling_hydravit import HydraViTForImageClassification
-from .profiling import count_macs, count_parameters
+from .profiling import with_costs
 from .reporting import format_table, plot_accuracy
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -53,7 +53,7 @@ def create_model_card(
     config = _config_of(model)
     if not results or any(not {"num_heads", "accuracy"} <= row.keys() for row in results):
         raise ValueError("`results` must have a row for each width, each with `num_heads` and `accuracy`.")
-    results = _with_costs(config, results)
+    results = with_costs(config, results)
     source_name, source_url = results_source or (None, None)
     metrics = [
         EvalResult(
@@ -111,7 +111,7 @@ def save_model_card(folder: str | Path, model, results: list[dict], title: str, 
     """Write the card, `README.md`, with its plot, `accuracy_over_macs.png`, and `results.json` into a folder; the
     arguments are those of `create_model_card`."""
     folder, plot = Path(folder), "accuracy_over_macs.png"
-    results = _with_costs(_config_of(model), results)
+    results = with_costs(_config_of(model), results)
     card = create_model_card(model, results, title, plot=plot, **kwargs)
     plot_accuracy(results, folder / plot, kwargs.get("dataset_name", "held-out images"))
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
@@ -121,13 +121,6 @@ def save_model_card(folder: str | Path, model, results: list[dict], title: str, 
 
 def _config_of(model: HydraViTForImageClassification | HydraViTConfig) -> HydraViTConfig:
     return model if isinstance(model, HydraViTConfig) else model.config
-
-
-def _with_costs(config: HydraViTConfig, results: list[dict]) -> list[dict]:
-    return [
-        {"parameters": count_parameters(config, row["num_heads"]), "macs": count_macs(config, row["num_heads"])} | row
-        for row in results
-    ]
 
 
 def _listed(heads: list[int]) -> str:

@@ -49,6 +49,14 @@ def count_macs(config: HydraViTConfig, num_heads: int) -> int:
     return config.count_macs(num_heads)
 
 
+def with_costs(config: HydraViTConfig, rows: list[dict]) -> list[dict]:
+    """Rows of widths with their `parameters` and `macs`, counted where a row has none."""
+    counts = [(count_parameters(config, row["num_heads"]), count_macs(config, row["num_heads"])) for row in rows]
+    return [
+        {"parameters": parameters, "macs": macs} | row for (parameters, macs), row in zip(counts, rows, strict=True)
+    ]
+
+
 def profile_subnetworks(
     model: HydraViTForImageClassification,
     heads: list[int] | None = None,
@@ -182,10 +190,7 @@ def _classifier_config(model: HydraViTForImageClassification) -> HydraViTConfig:
 
 def _closed_form_rows(model: HydraViTForImageClassification) -> list[dict]:
     config = _classifier_config(model)
-    return [
-        {"num_heads": heads, "parameters": count_parameters(config, heads), "macs": count_macs(config, heads)}
-        for heads in config.subnetwork_heads
-    ]
+    return with_costs(config, [{"num_heads": num_heads} for num_heads in config.subnetwork_heads])
 
 
 def _in_units(amounts: dict[str, float]) -> str:

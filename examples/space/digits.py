@@ -13,7 +13,7 @@ from hydravit_hf.data import load_digits, to_pixel_values
 from hydravit_hf.evaluation import evaluate_subnetworks
 from hydravit_hf.image_processing import make_image_processor
 from hydravit_hf.pipeline_hydravit import TASK
-from hydravit_hf.profiling import count_macs, count_parameters
+from hydravit_hf.profiling import with_costs
 from hydravit_hf.trainer import HydraViTTrainer, HydraViTTrainingArguments
 
 EASY, HARD = 10, 5  # example images: the first of each digit, and those that the narrowest width finds hardest
@@ -66,10 +66,7 @@ def train(folder: Path, epochs: int = 25, seed: int = 0):
         dataloader_pin_memory=False,
     )
     HydraViTTrainer(model, args, train_dataset=splits["train"]).train()
-    rows = evaluate_subnetworks(model, splits["test"], batch_size=128, disable_tqdm=True)
-    for row in rows:
-        row["parameters"] = count_parameters(config, row["num_heads"])
-        row["macs"] = count_macs(config, row["num_heads"])
+    rows = with_costs(config, evaluate_subnetworks(model, splits["test"], batch_size=128, disable_tqdm=True))
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     (folder / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
