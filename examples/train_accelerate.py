@@ -76,6 +76,11 @@ def parse_args():
         "--subnetwork_weights", type=float, nargs="+", help="their odds; default: uniform, or 3 1 1 ... for the digits"
     )
     model.add_argument("--separate_classifiers", action="store_true", help="one classifier for each width")
+    model.add_argument(
+        "--token_recycling",
+        action="store_true",
+        help="each of --subnetwork_heads starts from the tokens of the one before",
+    )
     augmentation = parser.add_argument_group("augmentation (beside mixup and CutMix; default: none)")
     augmentation.add_argument("--augment", action="store_true", help="train on random crops, as below")
     augmentation.add_argument("--crop_scale", type=float, nargs=2, default=[0.08, 1.0])
@@ -146,7 +151,7 @@ def make_model(args, labels: list[str]):
         name: getattr(args, name) for name in DIGITS if getattr(args, name) is not None
     }
     options = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    for name in ("drop_path_rate", "subnetwork_heads", "subnetwork_weights", "separate_classifiers"):
+    for name in ("drop_path_rate", "subnetwork_heads", "subnetwork_weights", "separate_classifiers", "token_recycling"):
         if getattr(args, name):
             options[name] = getattr(args, name)
     if args.from_vit:
@@ -157,7 +162,9 @@ def make_model(args, labels: list[str]):
         model = HydraViTForImageClassification.from_pretrained(args.model_name_or_path, **options)
     else:
         config = HydraViTConfig(num_attention_heads=args.num_attention_heads, **sizes, **options)
-        if on_digits and args.subnetwork_weights is None:  # the narrowest, a part of all others, more often
+        if (
+            on_digits and args.subnetwork_weights is None and not args.token_recycling
+        ):  # the narrowest, a part of all others, more often
             config.subnetwork_weights = [3.0] + [1.0] * (len(config.subnetwork_heads) - 1)
         model = HydraViTForImageClassification(config)
     source = args.from_vit or args.model_name_or_path
@@ -208,7 +215,8 @@ def backward(model, batch, step: int, seed: list[int], args, widths: SubnetworkA
     teacher_logits, total = None, 0.0
     for num_heads in heads:
         with nullcontext() if num_heads == heads[-1] else accelerator.no_sync(model):
-            logits = model(pixel_values, num_heads_active=num_heads).logits
+            outputs = model(pixel_values, num_heads_active=num_heads)
+            logits = outputs.logits if outputs.stage_logits is None else outputs.stage_logits
             loss = classification_loss(
                 logits, targets, teacher_logits, widths.distillation_weight, args.label_smoothing
             )

@@ -97,7 +97,7 @@ def fit_cascade(
     heads = config.resolve_cascade(heads, 0.0, criterion)["num_heads"]
     if len(heads) < 2:
         raise ValueError(f"`heads` must be two head counts or more, not {heads}.")
-    macs = np.cumsum([float(config.count_macs(num_heads)) for num_heads in heads])
+    macs = np.array(config.count_cascade_macs(heads), dtype=float)
     costs = macs
     if goal == "max_latency_ms":
         if latencies is None:

@@ -5,6 +5,7 @@ The work is skipped, not masked: each pass is given a batch of only the images t
 between calls, so threads may share a model. This file travels with each saved checkpoint as remote code.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -83,6 +84,7 @@ def run_cascade(
     """
     config = model.config
     settings = config.resolve_cascade(heads, thresholds, criterion, temperatures)
+    heads = settings["num_heads"]
     if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
         raise ValueError(
             "A cascade needs a model that chooses one of several labels: this one has "
@@ -91,16 +93,21 @@ def run_cascade(
     logits = pixel_values.new_empty((len(pixel_values), config.num_labels), dtype=model.dtype)
     images = torch.arange(len(pixel_values), device=pixel_values.device)  # that are still to be classified
     num_heads, macs = torch.zeros_like(images), torch.zeros_like(images)
-    steps = zip(settings["num_heads"], [*settings["thresholds"], None], settings["temperatures"], strict=True)
-    for count, threshold, temperature in steps:
+    costs = config.count_cascade_macs(heads, tuple(pixel_values.shape[2:]))
+    steps = zip(heads, costs, [*settings["thresholds"], math.inf], settings["temperatures"], strict=True)
+    given, tokens, reached = pixel_values, None, 0  # the images that go on, and the tokens that they recycle
+    for count, cost, threshold, temperature in steps:
         if len(images) == 0:
             break
-        everyone = len(images) == len(pixel_values)
-        given = pixel_values if everyone else pixel_values[images]
-        found = model(given, num_heads_active=count, interpolate_pos_encoding=interpolate_pos_encoding).logits
-        logits = found if everyone else logits.index_copy_(0, images, found)
-        num_heads[images] = count
-        macs[images] += config.count_macs(count, tuple(pixel_values.shape[2:]))
-        if threshold is not None:
-            images = images[uncertainty(found, criterion, temperature) >= threshold]
+        for stage in config.stages(count):
+            if stage > reached:
+                run = {"num_heads_active": stage, "interpolate_pos_encoding": interpolate_pos_encoding}
+                outputs = model.hydravit(given, **run, recycled_tokens=tokens, return_dict=True)
+                tokens = outputs.last_hidden_state if config.token_recycling else None
+        found, reached = model.classifier(outputs.pooler_output), count
+        logits = found if len(images) == len(logits) else logits.index_copy_(0, images, found)
+        num_heads[images], macs[images] = count, cost
+        going = uncertainty(found, criterion, temperature) >= threshold
+        images, given = images[going], given[going]
+        tokens = None if tokens is None else tokens[going]
     return CascadeOutput(logits=logits, num_heads=num_heads, macs=macs)

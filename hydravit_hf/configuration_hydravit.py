@@ -7,7 +7,7 @@ transformers needs, and each other only.
 
 import math
 from bisect import bisect_left
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from numbers import Real
 
 from transformers import PreTrainedConfig
@@ -49,6 +49,10 @@ class HydraViTConfig(BackboneConfigMixin, PreTrainedConfig):
             need not add up to 1. None: uniform.
         separate_classifiers: Whether each of `subnetwork_heads` has a classifier of its own (paper, "separate
             classifiers") rather than the leading columns of one.
+        token_recycling: Whether each of `subnetwork_heads` is a stage that follows the narrower ones, and starts from
+            its patch embeddings plus a learned projection of the tokens of the stage before (ThinkingViT,
+            https://arxiv.org/abs/2507.10800, "token recycling"). To run k heads is then to run all stages up to k.
+            Name few, such as [3, 6]: all of them are trained at each step.
         cascade: Settings of `HydraViTForImageClassification.cascade`, as `hydravit_hf.cascade.fit_cascade` finds them:
             `{"num_heads": [3, 6, 12], "thresholds": [0.5, 0.3], "criterion": "entropy", "temperatures": [1.0, 1.0,
             1.0]}`; the last two have these defaults, and one threshold may stand for all. None: no cascade.
@@ -83,6 +87,7 @@ class HydraViTConfig(BackboneConfigMixin, PreTrainedConfig):
     subnetwork_heads: list[int] | None = None
     subnetwork_weights: list[float] | None = None
     separate_classifiers: bool = False
+    token_recycling: bool = False
     cascade: dict | None = None
     apply_layernorm: bool = True
     reshape_hidden_states: bool = True
@@ -105,6 +110,8 @@ class HydraViTConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"{self.mlp_ratio}: leave it out."
                 )
         if self.subnetwork_heads is None:
+            if self.token_recycling:
+                raise ValueError("`token_recycling` needs its stages: give `subnetwork_heads`, such as [3, 6].")
             narrowest = 3 if self.num_attention_heads >= 3 else 1
             self.subnetwork_heads = list(range(narrowest, self.num_attention_heads + 1))
         self._check_labels_and_dtype(kwargs.get("num_labels", 0))
@@ -188,7 +195,7 @@ class HydraViTConfig(BackboneConfigMixin, PreTrainedConfig):
         Fewer heads keep the subnetworks that still fit, and the widest counts as one of them (with a warning, where
         it was not trained); more heads add a subnetwork for each new width. The order is kept, so that classifiers
         stay where they are. The model runs all its heads by default. A cascade, which was fitted to the widths that
-        it names, is dropped.
+        it names, is dropped; so is token recycling where one stage is left. With it, more heads add one stage.
         """
         _check_integer("num_attention_heads", num_attention_heads)
         held, heads = self.num_attention_heads, self.subnetwork_heads
@@ -198,13 +205,14 @@ class HydraViTConfig(BackboneConfigMixin, PreTrainedConfig):
             kept = bisect_left(heads, num_attention_heads)
             heads, weights = [*heads[:kept], num_attention_heads], [*weights, weights[-1]][: kept + 1]
         elif num_attention_heads > held:
-            added = range(held + 1, num_attention_heads + 1)
+            added = range(num_attention_heads if self.token_recycling else held + 1, num_attention_heads + 1)
             heads, weights = [*heads, *added], [*weights, *[weights[-1]] * len(added)]
         values = self.to_dict() | {
             "num_attention_heads": num_attention_heads,
             "subnetwork_heads": heads,
             "subnetwork_weights": weights if self.subnetwork_weights and any(weights) else None,
             "num_heads_active": None,
+            "token_recycling": self.token_recycling and len(heads) > 1,
             "cascade": self.cascade if num_attention_heads == held else None,
         }
         config = type(self)(**values)
@@ -229,6 +237,13 @@ class HydraViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"trained widths are {self.subnetwork_heads} heads."
             )
 
+    def stages(self, num_heads: int) -> list[int]:
+        """The passes that running `num_heads` heads takes: one, or, with `token_recycling`, those of all stages below
+        before it."""
+        if not self.token_recycling:
+            return [num_heads]
+        return [stage for stage in self.subnetwork_heads if stage < num_heads] + [num_heads]
+
     def count_macs(self, num_heads: int, image_size: int | tuple[int, int] | None = None) -> int:
         """Multiply-accumulate operations of one image at `num_heads` heads: those of the matrix products, as the paper
         counts them (4.60 G at 6 heads of the default model).
@@ -237,13 +252,22 @@ class HydraViTConfig(BackboneConfigMixin, PreTrainedConfig):
             num_heads: The heads that run.
             image_size: Side of the image in pixels, or (height, width); None: that of the configuration.
         """
-        width = self.check_num_heads(num_heads) * self.head_dim
+        stages = self.stages(self.check_num_heads(num_heads))
         patches = math.prod(grid_of(image_size or self.image_size, self.patch_size))
-        tokens = 1 + patches
-        embeddings = patches * width * self.num_channels * math.prod(as_pair(self.patch_size))
-        projections = tokens * (4 + 2 * self.mlp_ratio) * width * width
-        attention = 2 * tokens * tokens * width
-        return embeddings + self.num_hidden_layers * (projections + attention) + width * self.num_labels
+        tokens, macs = 1 + patches, 0
+        for width in (stage * self.head_dim for stage in stages):
+            embeddings = patches * width * self.num_channels * math.prod(as_pair(self.patch_size))
+            projections = tokens * (4 + 2 * self.mlp_ratio) * width * width
+            attention = 2 * tokens * tokens * width
+            macs += embeddings + self.num_hidden_layers * (projections + attention) + width * self.num_labels
+        recycling = sum(tokens * narrower * wider for narrower, wider in pairwise(stages))
+        return macs + recycling * self.head_dim**2
+
+    def count_cascade_macs(self, heads: list[int], image_size: int | tuple[int, int] | None = None) -> list[int]:
+        """Multiply-accumulate operations of an image that goes through a cascade of `heads` and stops at each of
+        them."""
+        macs = [self.count_macs(num_heads, image_size) for num_heads in heads]
+        return macs if self.token_recycling else list(accumulate(macs))
 
     def resolve_cascade(
         self,
@@ -281,6 +305,11 @@ class HydraViTConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f"`num_heads` of a cascade must be a list of integers from 1 to {self.num_attention_heads}, the heads "
                 f"that this model holds, in increasing order: not {heads!r}."
+            )
+        if self.token_recycling and not set(heads) <= set(self.subnetwork_heads):
+            raise ValueError(
+                f"`num_heads` of a cascade with token recycling must be among its stages, {self.subnetwork_heads}: not "
+                f"{heads!r}."
             )
         criterion, thresholds = settings.get("criterion", "entropy"), settings.get("thresholds")
         if criterion not in CRITERIA:
@@ -326,7 +355,7 @@ class HydraViTConfig(BackboneConfigMixin, PreTrainedConfig):
     def _check_sizes(self):
         for name in ("num_attention_heads", "head_dim", "num_hidden_layers", "mlp_ratio", "num_channels"):
             _check_integer(name, getattr(self, name))
-        for name in ("qkv_bias", "separate_classifiers", "apply_layernorm", "reshape_hidden_states"):
+        for name in ("qkv_bias", "separate_classifiers", "token_recycling", "apply_layernorm", "reshape_hidden_states"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"`{name}` must be True or False, not {getattr(self, name)!r}.")
         if not isinstance(self.hidden_act, str) or self.hidden_act not in ACT2FN:
@@ -380,6 +409,11 @@ class HydraViTConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f"With `separate_classifiers`, `subnetwork_heads` must end with all {self.num_attention_heads} heads, "
                 f"or the widest subnetwork has no classifier: not {heads!r}."
+            )
+        if self.token_recycling and (len(heads) < 2 or weights is not None):
+            raise ValueError(
+                "With `token_recycling`, `subnetwork_heads` must be two stages or more, and `subnetwork_weights` None, "
+                f"as no width is drawn: not {heads!r} and {weights!r}."
             )
         if self.num_heads_active is not None:
             self.check_num_heads(self.num_heads_active)

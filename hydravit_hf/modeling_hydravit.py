@@ -14,6 +14,9 @@ the leading part of its parameters, as wide as the tensor that it is given. No m
 serve different widths to different threads. As a layer accepts any narrower tensor, the width is checked where it
 enters, in `HydraViTModel.forward`, and nowhere else.
 
+With token recycling (https://arxiv.org/abs/2507.10800) a width is several passes, those of `HydraViTConfig.stages`, and
+each starts from the tokens of the narrower one before it as well.
+
 Letters in shapes: B images, C channels of the input, H x W pixels, N tokens (class token and patches), k active heads,
 D = k x head_dim, the active width.
 """
@@ -26,6 +29,7 @@ import shutil
 from bisect import bisect_left
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -96,6 +100,16 @@ class PrefixLayerNorm(nn.LayerNorm):
         if width < len(weight):
             weight, bias = weight[:width], bias[:width]
         return nn.functional.layer_norm(hidden_states, (width,), weight, bias, self.eps)
+
+
+class TokenRecycling(nn.Linear):
+    """A linear layer from the tokens of any width to any other width: (B, N, D') -> (B, N, D).
+
+    It starts at zero, so that a model that gets one works as before until it is trained.
+    """
+
+    def forward(self, tokens: torch.Tensor, width: int) -> torch.Tensor:
+        return nn.functional.linear(tokens, self.weight[:width, : tokens.shape[-1]], self.bias[:width])
 
 
 class SeparateClassifiers(nn.Module):
@@ -317,6 +331,22 @@ class HydraViTPreTrainedModel(PreTrainedModel):
         elif isinstance(module, SeparateClassifiers):
             initialization.normal_(module.weight, std=std)
             initialization.zeros_(module.bias)
+        elif isinstance(module, TokenRecycling):
+            initialization.zeros_(module.weight)
+
+    def _resolve_num_heads(self, num_heads_active: int | None) -> int:
+        """The one place where the width of a forward pass is decided."""
+        config = self.config
+        num_heads = config.num_heads_active if num_heads_active is None else num_heads_active
+        if num_heads is None and (config.token_recycling or not self.training):
+            return config.num_attention_heads
+        if num_heads is None:
+            odds = torch.tensor(config.subnetwork_odds, dtype=torch.float64, device="cpu")
+            return config.subnetwork_heads[torch.multinomial(odds, 1).item()]
+        config.check_num_heads(num_heads)
+        if not torch.compiler.is_compiling():
+            config.warn_if_untrained(num_heads)
+        return num_heads
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
@@ -427,6 +457,11 @@ class HydraViTPreTrainedModel(PreTrainedModel):
         if num_heads is None:
             num_heads = self.config.num_heads_active or self.config.num_attention_heads
         config = self.config.resized(self.config.check_num_heads(num_heads))
+        if config.token_recycling:
+            raise ValueError(
+                f"{num_heads} heads of this model are the passes of {config.subnetwork_heads} heads, as it "
+                f"recycles tokens; a ViT is one pass, and so can only be its first stage, {config.subnetwork_heads[0]}."
+            )
         shared = {name: getattr(config, name) for name in _SHARED_WITH_VIT}
         vit_config = ViTConfig(hidden_size=config.hidden_size, intermediate_size=config.intermediate_size, **shared)
         vit_config.dtype = self.dtype
@@ -501,6 +536,8 @@ class HydraViTModel(HydraViTPreTrainedModel):
         rates = torch.linspace(0, config.drop_path_rate, config.num_hidden_layers, device="cpu").tolist()
         self.layers = nn.ModuleList([HydraViTLayer(config, rate) for rate in rates])
         self.layernorm = PrefixLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        if config.token_recycling:
+            self.recycling = TokenRecycling(config.hidden_size, config.hidden_size)
         self.post_init()
 
     @capture_outputs(tie_last_hidden_states=False)
@@ -509,6 +546,7 @@ class HydraViTModel(HydraViTPreTrainedModel):
         pixel_values: torch.Tensor,
         num_heads_active: int | None = None,
         interpolate_pos_encoding: bool = False,
+        recycled_tokens: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """Encode images with the leading heads.
@@ -519,36 +557,41 @@ class HydraViTModel(HydraViTPreTrainedModel):
                 `config.subnetwork_heads` by torch's default generator, else all heads.
             interpolate_pos_encoding: Whether to accept images of another size, by interpolating the position
                 embeddings.
+            recycled_tokens: With `config.token_recycling`, the `last_hidden_state` of the stage before, (B, N, D'), to
+                run this one alone. None: the stages before are run first.
             kwargs: `output_attentions` (one (B, k, N, N) a layer), `output_hidden_states` ((B, N, D), one after the
-                embeddings and one after each layer), `return_dict`.
+                embeddings and one after each layer; of the last stage), `return_dict`.
 
         Returns:
             `last_hidden_state` (B, N, D), normalised, and `pooler_output` (B, D), its class token.
 
         Raises:
-            ValueError: Images of a wrong shape, or a width that the model doesn't hold.
+            ValueError: Images of a wrong shape, a width that the model doesn't hold, or tokens that it can't recycle.
         """
         num_heads = self._resolve_num_heads(num_heads_active)
+        width = num_heads * self.config.head_dim
+        *earlier, _ = self.config.stages(num_heads)
+        if recycled_tokens is None and earlier:
+            stage = {"num_heads_active": earlier[-1], "interpolate_pos_encoding": interpolate_pos_encoding}
+            recycled_tokens = HydraViTModel.forward(self, pixel_values, **stage, return_dict=True).last_hidden_state
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
-        hidden_states = self.embeddings(pixel_values, num_heads * self.config.head_dim, interpolate_pos_encoding)
+        hidden_states = self.embeddings(pixel_values, width, interpolate_pos_encoding)
+        if recycled_tokens is not None:
+            self._check_recycled_tokens(recycled_tokens, hidden_states)
+            hidden_states = hidden_states + self.recycling(recycled_tokens, width)
         for layer in self.layers:
             hidden_states = layer(hidden_states, **kwargs)
         hidden_states = self.layernorm(hidden_states)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0])
 
-    def _resolve_num_heads(self, num_heads_active: int | None) -> int:
-        """The one place where the width of a forward pass is decided."""
-        config = self.config
-        num_heads = config.num_heads_active if num_heads_active is None else num_heads_active
-        if num_heads is None and not self.training:
-            return config.num_attention_heads
-        if num_heads is None:
-            odds = torch.tensor(config.subnetwork_odds, dtype=torch.float64, device="cpu")
-            return config.subnetwork_heads[torch.multinomial(odds, 1).item()]
-        config.check_num_heads(num_heads)
-        if not torch.compiler.is_compiling():
-            config.warn_if_untrained(num_heads)
-        return num_heads
+    def _check_recycled_tokens(self, tokens: torch.Tensor, hidden_states: torch.Tensor):
+        (batch, count, width), config = hidden_states.shape, self.config
+        if not config.token_recycling:
+            raise ValueError("`recycled_tokens` needs a model with `token_recycling`, which this one is not.")
+        if tokens.ndim != 3 or tokens.shape[:2] != (batch, count) or tokens.shape[2] > width:
+            raise ValueError(
+                f"`recycled_tokens` must have the shape ({batch}, {count}, at most {width}), not {tuple(tokens.shape)}."
+            )
 
 
 class HydraViTBackbone(BackboneMixin, HydraViTModel):
@@ -612,6 +655,19 @@ class HydraViTBackbone(BackboneMixin, HydraViTModel):
         )
 
 
+@dataclass
+class HydraViTImageClassifierOutput(ImageClassifierOutput):
+    """What a classifier gives.
+
+    Args:
+        loss, logits, hidden_states, attentions: As in `ImageClassifierOutput`.
+        stage_logits: In `train()` mode, where the pass had S stages (token recycling): those of all of them, the
+            narrowest first, (S, B, labels).
+    """
+
+    stage_logits: torch.Tensor | None = None
+
+
 class HydraViTForImageClassification(HydraViTPreTrainedModel):
     """The encoder with a linear classifier on its class token."""
 
@@ -635,7 +691,7 @@ class HydraViTForImageClassification(HydraViTPreTrainedModel):
         num_heads_active: int | None = None,
         interpolate_pos_encoding: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> ImageClassifierOutput:
+    ) -> HydraViTImageClassifierOutput:
         """Classify images with the leading heads. The arguments are those of `HydraViTModel.forward`, and:
 
         Args:
@@ -643,20 +699,30 @@ class HydraViTForImageClassification(HydraViTPreTrainedModel):
                 "multi_label_classification" and "regression", (B,) for the latter with one label. Gives a loss.
 
         Returns:
-            `loss` (scalar, or None without `labels`), `logits` (B, labels), `hidden_states`, `attentions`.
+            `loss` (scalar, or None without `labels`; in `train()` mode the mean of all stages), `logits` (B, labels),
+            `hidden_states`, `attentions`, `stage_logits`.
         """
-        outputs = self.hydravit(
-            pixel_values,
-            num_heads_active=num_heads_active,
-            interpolate_pos_encoding=interpolate_pos_encoding,
-            **kwargs,
-        )
-        logits = self.classifier(outputs.pooler_output)
-        loss = None
+        tokens, stage_logits = None, []
+        for stage in self.config.stages(self._resolve_num_heads(num_heads_active)):
+            outputs = self.hydravit(
+                pixel_values,
+                num_heads_active=stage,
+                interpolate_pos_encoding=interpolate_pos_encoding,
+                recycled_tokens=tokens,
+                **kwargs,
+            )
+            tokens = outputs.last_hidden_state
+            stage_logits.append(self.classifier(outputs.pooler_output))
+        trained, loss = stage_logits if self.training else stage_logits[-1:], None
         if labels is not None:
-            loss = self.loss_function(labels, logits, self.config, **kwargs)
-        return ImageClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+            losses = [self.loss_function(labels, logits, self.config, **kwargs) for logits in trained]
+            loss = sum(losses) / len(losses)
+        return HydraViTImageClassifierOutput(
+            loss=loss,
+            logits=stage_logits[-1],
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            stage_logits=torch.stack(trained) if len(trained) > 1 else None,
         )
 
     def cascade(
@@ -744,6 +810,8 @@ def _leading_blocks(stored: dict, config: HydraViTConfig) -> dict[str, torch.Ten
     held = _num_heads(stored, config)
     blocks = {}
     for name, tensor in stored.items():
+        if ".recycling." in f".{name}" and not config.token_recycling:
+            continue
         shape = list(tensor.shape)
         for dim in _width_dims(name, len(shape)):
             shape[dim] = min(shape[dim], shape[dim] * config.num_attention_heads // held)

@@ -40,7 +40,8 @@ def count_parameters(config: HydraViTConfig, num_heads: int) -> int:
     matrices = (4 + 2 * ratio) * width * width
     biases = (3 * config.qkv_bias + 1 + ratio + 1) * width
     layer = matrices + biases + 4 * width
-    return embeddings + config.num_hidden_layers * layer + 2 * width + config.num_labels * (width + 1)
+    recycling = (width + 1) * width if len(config.stages(num_heads)) > 1 else 0
+    return embeddings + config.num_hidden_layers * layer + 2 * width + recycling + config.num_labels * (width + 1)
 
 
 def count_macs(config: HydraViTConfig, num_heads: int) -> int:

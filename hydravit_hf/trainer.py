@@ -202,7 +202,7 @@ class HydraViTTrainer(Trainer):
         labels, num_widths = inputs.pop("labels"), inputs.pop("num_widths")
         outputs = model(**inputs)
         loss = classification_loss(
-            outputs.logits,
+            outputs.logits if outputs.stage_logits is None else outputs.stage_logits,
             labels,
             self._teacher_logits,
             self.args.distillation_weight,

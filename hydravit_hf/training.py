@@ -93,7 +93,8 @@ def sample_subnetworks(
     """The head counts to train at `step`, the widest first.
 
     A pure function of its arguments: every process draws the same widths, and a resumed run replays the draws. A width
-    that is pinned by `config.num_heads_active` is trained alone.
+    that is pinned by `config.num_heads_active` is trained alone. With token recycling it is the widest, whose pass has
+    all stages in it.
 
     Args:
         config: Its `subnetwork_heads` are drawn from, and its `subnetwork_weights` are the odds.
@@ -108,12 +109,16 @@ def sample_subnetworks(
             one draw for both.
 
     Raises:
-        ValueError: An unknown `sampling`.
+        ValueError: An unknown `sampling`, or token recycling with another one than "weighted".
     """
     if sampling not in SAMPLING:
         raise ValueError(f"`sampling` must be one of {', '.join(SAMPLING)}, not {sampling!r}.")
+    if config.token_recycling and sampling != "weighted":
+        raise ValueError(f"Token recycling trains all its stages at each step: leave out the sampling '{sampling}'.")
     if config.num_heads_active is not None:
         return [config.num_heads_active]
+    if config.token_recycling:
+        return [config.num_attention_heads]
     heads, odds = config.subnetwork_heads, config.subnetwork_odds
     generator = np.random.default_rng([seed, step] if process_index is None else [seed, step, process_index])
     if sampling == "uniform":
@@ -138,13 +143,15 @@ def classification_loss(
     """Mean cross-entropy with the labels and, in part, with the predictions of a wider subnetwork.
 
     Args:
-        logits: (B, labels).
+        logits: (B, labels), or (S, B, labels) of the S stages of token recycling, which count alike.
         targets: Labels (B,), or probabilities (B, labels).
         teacher_logits: (B, labels) of the widest subnetwork of the step (in-place distillation,
             https://arxiv.org/abs/1903.05134); None: the labels alone.
         distillation_weight: The teacher's part of the loss, from 0 to 1.
         label_smoothing: Of the labels.
     """
+    if logits.ndim == 3:
+        logits, targets = logits.flatten(0, 1), torch.cat([targets] * len(logits))
     loss = nn.functional.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
     if teacher_logits is None:
         return loss
