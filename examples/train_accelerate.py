@@ -154,6 +154,8 @@ def make_model(args, labels: list[str]):
     for name in ("drop_path_rate", "subnetwork_heads", "subnetwork_weights", "separate_classifiers", "token_recycling"):
         if getattr(args, name):
             options[name] = getattr(args, name)
+    if args.token_recycling:
+        options.setdefault("subnetwork_weights", None)  # of the checkpoint to start from: no width is drawn any more
     if args.from_vit:
         options |= {"num_attention_heads": args.num_attention_heads, "num_labels": len(labels)}
         model = HydraViTForImageClassification.from_vit(args.from_vit, **options)

@@ -66,8 +66,12 @@ def assert_equal_weights(one: Path, other: Path):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"subnetwork_sampling": "sandwich", "distillation_weight": 0.5, "model": {"separate_classifiers": True}}],
-    ids=["one width a step", "sandwich, separate classifiers"],
+    [
+        {},
+        {"subnetwork_sampling": "sandwich", "distillation_weight": 0.5, "model": {"separate_classifiers": True}},
+        {"model": {"token_recycling": True}},
+    ],
+    ids=["one width a step", "sandwich, separate classifiers", "token recycling"],
 )
 def test_two_processes_train_as_one_with_the_double_batch(tmp_path, options):
     two = train(tmp_path / "two", processes=2, per_device_train_batch_size=8, **options)

@@ -86,6 +86,17 @@ def test_what_was_trained_serves_in_the_stock_pipeline(trained):
     assert correct > 20
 
 
+def test_stages_that_recycle_tokens_are_trained_from_an_ordinary_checkpoint(trained, tmp_path):
+    start = ["--model_name_or_path", trained[0], "--token_recycling", "--subnetwork_heads", "2", "4"]
+    train(tmp_path, *start)
+    model = HydraViTForImageClassification.from_pretrained(tmp_path)
+    assert model.config.token_recycling and model.config.subnetwork_heads == [2, 4]
+    assert model.hydravit.recycling.weight.any()
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert [row["macs"] for row in rows] == [model.config.count_macs(num_heads) for num_heads in (2, 4)]
+    assert "recycles tokens" in (tmp_path / "README.md").read_text()
+
+
 def test_a_run_that_is_killed_and_resumed_ends_with_the_weights_of_one_that_was_not(tmp_path):
     checkpoints = ["--checkpointing_steps", "4", "--gradient_accumulation_steps", "2", "--augment"]
     checkpoints += ["--mixup_alpha", "0.2", "--subnetwork_sampling", "sandwich", "--distillation_weight", "0.5"]

@@ -33,6 +33,7 @@ VARIANTS = {
     "plain": {},
     "no bias": {"qkv_bias": False},
     "separate classifiers": {"separate_classifiers": True, "subnetwork_heads": [2, 3, 6]},
+    "token recycling": {"token_recycling": True, "subnetwork_heads": [1, 3, 6]},
     "rectangles": {"image_size": (8, 16), "patch_size": (2, 4)},
     "one channel": {"num_channels": 1},
     "narrow MLP": {"mlp_ratio": 1, "num_hidden_layers": 1},

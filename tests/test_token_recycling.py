@@ -1,0 +1,459 @@
+"""With token recycling a stage starts from the tokens of the stage before: forward, training, files and cascades."""
+
+import json
+import math
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
+
+from hydravit_hf import (
+    HydraViTBackbone,
+    HydraViTConfig,
+    HydraViTForImageClassification,
+    HydraViTModel,
+    HydraViTTrainer,
+    HydraViTTrainingArguments,
+    cli,
+    count_macs,
+    create_model_card,
+    evaluate_subnetworks,
+    fit_cascade,
+)
+from hydravit_hf.cascade_hydravit import uncertainty
+from hydravit_hf.data import load_digits, to_pixel_values
+from hydravit_hf.image_processing import make_image_processor
+from hydravit_hf.optimization import PrefixAdamW
+from hydravit_hf.training import classification_loss, sample_subnetworks
+
+STAGES = [1, 3, 6]
+NEW = {"hydravit.recycling.weight", "hydravit.recycling.bias"}
+
+
+@pytest.fixture
+def recycling(make_model):
+    return make_model(subnetwork_heads=STAGES, token_recycling=True)
+
+
+@pytest.fixture
+def many():
+    return torch.randn(40, 3, 16, 16)
+
+
+def by_hand(model, images, stages) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The logits and tokens of each stage, written out: patch embeddings plus a projection of the tokens before."""
+    encoder, tokens, outputs = model.hydravit, None, []
+    with torch.no_grad():
+        for num_heads in stages:
+            width = 8 * num_heads
+            hidden = encoder.embeddings(images, width)
+            if tokens is not None:
+                weight, bias = encoder.recycling.weight, encoder.recycling.bias
+                hidden = hidden + tokens @ weight[:width, : tokens.shape[-1]].T + bias[:width]
+            for layer in encoder.layers:
+                hidden = layer(hidden)
+            tokens = encoder.layernorm(hidden)
+            outputs.append((model.classifier(tokens[:, 0]), tokens))
+    return outputs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Forward
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("separate_classifiers", [False, True])
+def test_a_width_is_all_stages_up_to_it_each_from_the_tokens_of_the_one_before(
+    make_model, images, separate_classifiers
+):
+    model = make_model(subnetwork_heads=STAGES, token_recycling=True, separate_classifiers=separate_classifiers)
+    for num_heads, stages in ((1, [1]), (2, [1, 2]), (3, [1, 3]), (5, [1, 3, 5]), (6, [1, 3, 6])):
+        assert model.config.stages(num_heads) == stages
+        logits, tokens = by_hand(model, images, stages)[-1]
+        with torch.no_grad():
+            torch.testing.assert_close(model(images, num_heads_active=num_heads).logits, logits)
+            encoded = model.hydravit(images, num_heads_active=num_heads)
+        torch.testing.assert_close(encoded.last_hidden_state, tokens)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images).logits, logits)
+        model.hydravit.recycling.weight.zero_()
+        assert (model(images).logits - logits).abs().max() > 0.01  # the tokens before do matter
+
+
+def test_a_stage_alone_takes_the_tokens_that_it_is_given(recycling, images):
+    encoder = recycling.hydravit
+    with torch.no_grad():
+        first = encoder(images, num_heads_active=1).last_hidden_state
+        second = encoder(images, num_heads_active=3, recycled_tokens=first).last_hidden_state
+        torch.testing.assert_close(second, encoder(images, num_heads_active=3).last_hidden_state)
+    for tokens in (first[:2], first[:, 1:], first[0], torch.zeros(3, 17, 32)):
+        with pytest.raises(ValueError, match=r"`recycled_tokens` must have the shape \(3, 17, at most 24\)"):
+            encoder(images, num_heads_active=3, recycled_tokens=tokens)
+
+
+def test_a_model_without_recycling_takes_no_tokens_and_has_one_stage(model, images):
+    assert model.config.stages(6) == [6] and not hasattr(model.hydravit, "recycling")
+    with pytest.raises(ValueError, match="needs a model with `token_recycling`"):
+        model.hydravit(images, recycled_tokens=torch.zeros(3, 17, 8))
+
+
+def test_maps_and_hidden_states_are_those_of_the_last_stage(recycling, images):
+    outputs = recycling(images, num_heads_active=3, output_hidden_states=True, output_attentions=True)
+    assert [tuple(state.shape) for state in outputs.hidden_states] == [(3, 17, 24)] * 3
+    assert [tuple(maps.shape) for maps in outputs.attentions] == [(3, 3, 17, 17)] * 2
+    encoded = recycling.hydravit(images, num_heads_active=3, output_hidden_states=True)
+    torch.testing.assert_close(encoded.hidden_states, outputs.hidden_states)
+    assert len(recycling(images, return_dict=False)) == 1
+
+
+def test_a_backbone_gives_the_feature_maps_of_the_last_stage(recycling, images, tmp_path):
+    recycling.save_pretrained(tmp_path)
+    backbone = HydraViTBackbone.from_pretrained(tmp_path, num_heads_active=3, out_indices=[1, 2]).eval()
+    maps = backbone(images).feature_maps
+    expected = recycling.hydravit(images, num_heads_active=3).last_hidden_state
+    assert [tuple(each.shape) for each in maps] == [(3, 24, 4, 4)] * 2
+    torch.testing.assert_close(maps[-1].flatten(2).transpose(1, 2), expected[:, 1:])
+
+
+def test_images_of_another_size_recycle_as_many_tokens_as_they_have(recycling):
+    images = torch.randn(2, 3, 24, 32)
+    with torch.no_grad():
+        logits = recycling(images, num_heads_active=3, interpolate_pos_encoding=True).logits
+        first = recycling.hydravit(images, num_heads_active=1, interpolate_pos_encoding=True).last_hidden_state
+        again = {"num_heads_active": 3, "interpolate_pos_encoding": True, "recycled_tokens": first}
+        tokens = recycling.hydravit(images, **again).last_hidden_state
+    assert tokens.shape == (2, 49, 24)
+    torch.testing.assert_close(logits, recycling.classifier(tokens[:, 0]))
+
+
+def test_threads_with_other_widths_never_mix(recycling, images):
+    with torch.no_grad():
+        expected = {num_heads: recycling(images, num_heads_active=num_heads).logits for num_heads in STAGES}
+
+    @torch.no_grad()
+    def call(number: int):
+        num_heads = STAGES[number % 3]
+        return num_heads, recycling(images, num_heads_active=num_heads).logits
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(torch.equal(logits, expected[k]) for k, logits in threads.map(call, range(120)))
+
+
+def test_it_compiles_as_one_graph(recycling, images):
+    compiled = torch.compile(recycling, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for num_heads in STAGES:
+            expected = recycling(images, num_heads_active=num_heads).logits
+            torch.testing.assert_close(compiled(images, num_heads_active=num_heads).logits, expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration and costs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({}, "needs its stages: give `subnetwork_heads`"),
+        ({"subnetwork_heads": [6]}, "two stages or more"),
+        ({"subnetwork_heads": STAGES, "subnetwork_weights": [1, 1, 1]}, "`subnetwork_weights` None"),
+        ({"subnetwork_heads": STAGES, "token_recycling": 1}, "`token_recycling` must be True or False"),
+        ({"subnetwork_heads": STAGES, "cascade": {"num_heads": [2, 6], "thresholds": 1}}, r"its stages, \[1, 3, 6\]"),
+    ],
+)
+def test_what_makes_no_stages_is_refused_by_name(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        HydraViTConfig(**{"num_attention_heads": 6, "token_recycling": True} | kwargs)
+
+
+def test_the_costs_are_those_of_all_stages_and_what_joins_them(recycling):
+    config, plain = recycling.config, HydraViTConfig(**recycling.config.to_dict() | {"token_recycling": False})
+    assert count_macs(config, 1) == count_macs(plain, 1)
+    assert count_macs(config, 3) == count_macs(plain, 1) + count_macs(plain, 3) + 17 * 8 * 24
+    assert count_macs(config, 6) == count_macs(config, 3) + count_macs(plain, 6) + 17 * 24 * 48
+    assert config.count_cascade_macs(STAGES) == [count_macs(config, num_heads) for num_heads in STAGES]
+
+
+def test_resizing_keeps_the_stages_that_fit_and_adds_one(recycling):
+    config = recycling.config
+    assert (config.resized(3).subnetwork_heads, config.resized(3).token_recycling) == ([1, 3], True)
+    assert (config.resized(1).subnetwork_heads, config.resized(1).token_recycling) == ([1], False)
+    assert (config.resized(8).subnetwork_heads, config.resized(8).token_recycling) == ([1, 3, 6, 8], True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_without_it_stays_what_it_was_and_can_get_it(make_model, images, tmp_path):
+    plain = make_model(subnetwork_heads=STAGES)
+    plain.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    assert not values.pop("token_recycling") and not NEW & load_file(tmp_path / "model.safetensors").keys()
+    (tmp_path / "config.json").write_text(json.dumps(values))  # as saved before there was token recycling
+    assert not HydraViTForImageClassification.from_pretrained(tmp_path).config.token_recycling
+    for kwargs in ({}, {"num_attention_heads": 3, "subnetwork_heads": [1, 3]}):
+        upgraded, info = HydraViTForImageClassification.from_pretrained(
+            tmp_path, token_recycling=True, output_loading_info=True, **kwargs
+        )
+        assert set(info["missing_keys"]) == NEW and not upgraded.hydravit.recycling.weight.any()
+        with torch.no_grad():
+            for num_heads in upgraded.config.subnetwork_heads:  # the projection starts at zero: it works as before
+                expected = plain(images, num_heads_active=num_heads).logits
+                torch.testing.assert_close(upgraded(images, num_heads_active=num_heads).logits, expected)
+
+
+def test_it_is_saved_and_loads_at_any_width(recycling, images, tmp_path):
+    recycling.save_pretrained(tmp_path)
+    for num_heads in (1, 3, 6):
+        loaded = HydraViTForImageClassification.from_pretrained(tmp_path, num_attention_heads=num_heads)
+        extracted = recycling.extract_subnetwork(num_heads)
+        with torch.no_grad():
+            expected = recycling(images, num_heads_active=num_heads).logits
+            torch.testing.assert_close(loaded(images).logits, expected)
+            torch.testing.assert_close(extracted(images).logits, expected)
+        assert loaded.config.token_recycling == extracted.config.token_recycling == (num_heads > 1)
+        assert {name for name in loaded.state_dict() if "recycling" in name} == (NEW if num_heads > 1 else set())
+    wider = HydraViTForImageClassification.from_pretrained(tmp_path, num_attention_heads=8)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            wider(images, num_heads_active=6).logits, recycling(images, num_heads_active=6).logits
+        )
+    encoder = HydraViTModel.from_pretrained(tmp_path, num_attention_heads=3).eval()
+    with torch.no_grad():
+        expected = recycling.hydravit(images, num_heads_active=3).last_hidden_state
+        torch.testing.assert_close(encoder(images).last_hidden_state, expected)
+
+
+def test_only_the_first_stage_is_a_vit(recycling, images):
+    with torch.no_grad():
+        torch.testing.assert_close(recycling.to_vit(1)(images).logits, recycling(images, num_heads_active=1).logits)
+    for num_heads in (2, None):
+        with pytest.raises(ValueError, match=r"passes of \[1, .*\] heads, as it recycles tokens"):
+            recycling.to_vit(num_heads)
+
+
+def test_it_can_start_from_a_vit(images):
+    sizes = {"num_hidden_layers": 2, "image_size": 16, "patch_size": 4, "num_labels": 5}
+    vit = ViTForImageClassification(
+        ViTConfig(hidden_size=48, num_attention_heads=6, intermediate_size=192, layer_norm_eps=1e-6, **sizes)
+    ).eval()
+    model = HydraViTForImageClassification.from_vit(
+        vit, num_attention_heads=6, subnetwork_heads=[3, 6], token_recycling=True
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(model(images).logits, vit(images).logits)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_in_training_the_loss_is_the_mean_of_all_stages(recycling, images):
+    labels = torch.tensor([0, 3, 4])
+    expected = [logits for logits, _ in by_hand(recycling, images, STAGES)]
+    losses = [torch.nn.functional.cross_entropy(logits, labels) for logits in expected]
+    outputs = recycling(images, labels)
+    assert outputs.stage_logits is None
+    torch.testing.assert_close(outputs.loss, losses[-1])
+    outputs = recycling.train()(images, labels)
+    torch.testing.assert_close(outputs.stage_logits, torch.stack(expected))
+    torch.testing.assert_close(outputs.logits, expected[-1])
+    torch.testing.assert_close(outputs.loss, torch.stack(losses).mean())
+    torch.testing.assert_close(classification_loss(outputs.stage_logits, labels), outputs.loss)
+    mixed = torch.nn.functional.one_hot(labels, 5).float()
+    torch.testing.assert_close(classification_loss(outputs.stage_logits, mixed), outputs.loss)
+    torch.testing.assert_close(recycling(images, labels, num_heads_active=3).loss, torch.stack(losses[:2]).mean())
+    assert recycling(images, labels, num_heads_active=1).stage_logits is None
+
+
+def test_the_gradient_is_that_of_the_stages_one_by_one(recycling, images):
+    """Through the tokens too: a wider stage's loss teaches the narrower one what to hand on."""
+    labels = torch.tensor([0, 3, 4])
+    recycling(images, labels, num_heads_active=1).loss.backward()
+    narrow_alone = recycling.hydravit.layers[0].mlp.fc1.weight.grad.clone()
+    assert recycling.hydravit.recycling.weight.grad is None
+    recycling.zero_grad()
+    for num_heads in STAGES:  # in `eval()` mode the loss is that of the last stage
+        (recycling(images, labels, num_heads_active=num_heads).loss / 3).backward()
+    expected = {name: parameter.grad.clone() for name, parameter in recycling.named_parameters()}
+    recycling.zero_grad()
+    recycling.train()(images, labels).loss.backward()
+    for name, parameter in recycling.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name])
+    gradient = expected["hydravit.recycling.weight"]
+    assert gradient[:24, :8].any() and gradient[:48, :24].any() and not gradient[:, 24:].any()
+    assert not torch.allclose(narrow_alone[:32, :8], 3 * expected["hydravit.layers.0.mlp.fc1.weight"][:32, :8])
+
+
+def test_checkpointed_gradients_are_the_same(recycling, images):
+    labels = torch.tensor([0, 3, 4])
+    recycling.train()(images, labels).loss.backward()
+    expected = recycling.hydravit.recycling.weight.grad.clone()
+    recycling.zero_grad()
+    recycling.activation_checkpointing_enable()
+    recycling(images, labels).loss.backward()
+    torch.testing.assert_close(recycling.hydravit.recycling.weight.grad, expected)
+
+
+def test_a_step_trains_all_stages_and_nothing_else_makes_sense(recycling):
+    config = recycling.config
+    assert {tuple(sample_subnetworks(config, 0, step)) for step in range(20)} == {(6,)}
+    for sampling in ("uniform", "sandwich", "open_sandwich"):
+        with pytest.raises(ValueError, match=f"all its stages at each step: leave out the sampling '{sampling}'"):
+            sample_subnetworks(config, 0, 0, sampling)
+    config.num_heads_active = 3
+    assert sample_subnetworks(config, 0, 0) == [3]
+
+
+def test_weights_outside_of_a_pinned_width_stay_as_they_are(recycling, images):
+    weight = recycling.hydravit.recycling.weight
+    before, optimizer = weight.detach().clone(), PrefixAdamW(recycling, 0.1)
+    recycling.train()(images, torch.tensor([0, 1, 2]), num_heads_active=3).loss.backward()
+    optimizer.num_heads = 3
+    optimizer.step()
+    assert not torch.equal(weight[:24, :8], before[:24, :8])
+    assert torch.equal(weight[24:], before[24:]) and torch.equal(weight[:, 24:], before[:, 24:])
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """A new model of stages 1, 2 and 4, and the digits as its items."""
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 4, "head_dim": 16, "num_hidden_layers": 1, "image_size": 8, "patch_size": 4}
+    config = HydraViTConfig(**sizes, num_labels=10, subnetwork_heads=[1, 2, 4], token_recycling=True)
+    transform = to_pixel_values(make_image_processor(config, (0.5,) * 3, (0.5,) * 3))
+    data = {name: [*split.with_transform(transform)] for name, split in load_digits().items()}
+    return config, data["train"], data["test"]
+
+
+QUIET = {"report_to": "none", "use_cpu": True, "dataloader_pin_memory": False, "disable_tqdm": True}
+SHORT = {"max_steps": 150, "per_device_train_batch_size": 32, "learning_rate": 3e-3, "save_strategy": "no"}
+
+
+def test_both_trainers_train_every_stage_alike(digits, tmp_path):
+    config, train, test = digits
+    models = []
+    for trainer, arguments in ((Trainer, TrainingArguments), (HydraViTTrainer, HydraViTTrainingArguments)):
+        torch.manual_seed(0)
+        model = HydraViTForImageClassification(config)
+        trainer(model, arguments(str(tmp_path), **QUIET | SHORT), train_dataset=train).train()
+        models.append(model)
+        for row in evaluate_subnetworks(model, test, disable_tqdm=True):
+            assert row["accuracy"] > 0.5, row  # chance is 0.1
+        assert model.hydravit.recycling.weight.abs().max() > 0.01
+    for name, weight in models[0].named_parameters():
+        torch.testing.assert_close(weight, models[1].state_dict()[name], rtol=1e-3, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cascades
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def splitting(model, images, heads) -> list[float]:
+    """Thresholds at which half of all images go on."""
+    with torch.no_grad():
+        ranked = [uncertainty(model(images, num_heads_active=k).logits).sort().values for k in heads[:-1]]
+    return [values[len(values) // 2 - 1 :][:2].double().mean().item() for values in ranked]
+
+
+@pytest.mark.parametrize("heads", [[1, 3, 6], [1, 6], [3, 6], [6]])
+def test_a_cascade_goes_on_where_it_stopped_and_answers_as_the_widths_do(recycling, many, heads):
+    thresholds, seen = splitting(recycling, many, heads), []
+    recycling.hydravit.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
+    outputs = recycling.cascade(many, heads, thresholds)
+    reached = [(outputs.num_heads >= min(k for k in heads if k >= stage)).sum().item() for stage in STAGES]
+    assert seen == [(count, 17, 8 * stage) for count, stage in zip(reached, STAGES, strict=True)]  # no stage twice
+    assert len(set(outputs.num_heads.tolist())) == len(heads)
+    with torch.no_grad():
+        for num_heads in heads:
+            chosen = outputs.num_heads == num_heads
+            expected = recycling(many[chosen], num_heads_active=num_heads).logits
+            torch.testing.assert_close(outputs.logits[chosen], expected)
+            assert set(outputs.macs[chosen].tolist()) == {count_macs(recycling.config, num_heads)}
+
+
+def test_thresholds_of_zero_and_of_infinity_are_exactly_the_widest_and_the_narrowest(recycling, many):
+    with torch.no_grad():
+        for threshold, num_heads in ((0, 6), (math.inf, 1)):
+            outputs = recycling.cascade(many, STAGES, threshold)
+            assert torch.equal(outputs.logits, recycling(many, num_heads_active=num_heads).logits)
+            assert set(outputs.num_heads.tolist()) == {num_heads}
+    assert recycling.cascade(many[:0], STAGES, 0).logits.shape == (0, 5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_answers_are_the_same_whatever_the_batch_size_and_the_order(recycling, many, batch_size):
+    thresholds, order = splitting(recycling, many, STAGES), torch.randperm(40)
+    whole = recycling.cascade(many, STAGES, thresholds)
+    parts = [recycling.cascade(batch, STAGES, thresholds) for batch in many[order].split(batch_size)]
+    torch.testing.assert_close(torch.cat([part.logits for part in parts]), whole.logits[order])
+    assert torch.equal(torch.cat([part.num_heads for part in parts]), whole.num_heads[order])
+
+
+def test_a_width_that_is_no_stage_has_no_place_in_a_cascade(recycling, many):
+    with pytest.raises(ValueError, match=r"must be among its stages, \[1, 3, 6\]: not \[2, 6\]"):
+        recycling.cascade(many, [2, 6], 0.5)
+
+
+def test_thresholds_are_fitted_to_what_the_stages_cost(recycling, many):
+    data = [{"pixel_values": image, "labels": index % 5} for index, image in enumerate(many)]
+    costs = {num_heads: count_macs(recycling.config, num_heads) for num_heads in STAGES}
+    fitted = fit_cascade(recycling, data, max_macs=0.5 * costs[6], disable_tqdm=True)
+    outputs = recycling.cascade(many, *fitted["cascade"].values())
+    assert fitted["macs"] == pytest.approx(outputs.macs.double().mean().item()) and fitted["macs"] <= 0.5 * costs[6]
+    fitted = fit_cascade(recycling, data, max_accuracy_loss=0.0, disable_tqdm=True)
+    assert costs[1] <= fitted["macs"] <= costs[6]
+
+
+def test_the_card_says_that_tokens_are_recycled(recycling, model):
+    rows = [{"num_heads": num_heads, "accuracy": 0.5} for num_heads in STAGES]
+    text = create_model_card(recycling, rows, "tiny", dataset_name="noise").text
+    assert "recycles tokens" in text and "to_vit(1)" in text
+    assert "recycles tokens" not in create_model_card(model, rows, "tiny", dataset_name="noise").text
+
+
+def test_the_command_says_which_width_can_leave_as_a_vit(recycling, tmp_path, monkeypatch):
+    recycling.save_pretrained(tmp_path / "model")
+    make_image_processor(recycling.config).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(
+        sys, "argv", ["hydravit", "extract", str(tmp_path / "model"), "3", str(tmp_path / "vit"), "--vit"]
+    )
+    with pytest.raises(SystemExit, match="error: 3 heads of this model are the passes of"):
+        cli.main()
+
+
+WITHOUT_THE_PACKAGE = """
+import sys
+sys.modules["hydravit_hf"] = None
+import torch
+from transformers import AutoModelForImageClassification
+
+folder = sys.argv[1]
+expected = torch.load(f"{folder}/expected.pt", weights_only=True)
+model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
+outputs = model.cascade(expected["images"], [1, 3, 6], expected["thresholds"])
+torch.testing.assert_close(outputs.logits, expected["logits"])
+small = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True, num_attention_heads=3)
+torch.testing.assert_close(small(expected["images"]).logits, model(expected["images"], num_heads_active=3).logits)
+print("done")
+"""
+
+
+def test_it_travels_with_the_checkpoint(recycling, many, tmp_path, monkeypatch):
+    thresholds = splitting(recycling, many, STAGES)
+    recycling.save_pretrained(tmp_path)
+    logits = recycling.cascade(many, STAGES, thresholds).logits
+    torch.save({"images": many, "thresholds": thresholds, "logits": logits}, tmp_path / "expected.pt")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    command = [sys.executable, "-W", "error", "-c", WITHOUT_THE_PACKAGE, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0 and result.stdout == "done\n", result.stderr[-3000:]
