@@ -1,12 +1,13 @@
 """What a cascade over widths is worth: accuracy over mean MACs and over measured time, on two small data sets.
 
-    pip install -c constraints.txt -e ".[train,study]" && python examples/cascade_study.py   # ten minutes on 2 cores
+    pip install -c constraints.txt -e ".[train,study]" && python examples/cascade_study.py   # an hour on 2 cores
     python examples/cascade_study.py --report                          # the tables and the plot of what was measured
 
 For each of three seeds, one HydraViT of 3 to 12 heads is trained on three quarters of the training images, as in
-`width_study.py`. The thresholds of cascades are fitted to a range of goals on the last quarter, and all is measured on
-the held-out images, which neither has seen. Trained models are kept in `runs/cascade_study`, what was measured is added
-to `docs/cascade_study.json` model by model, and what is there is not repeated.
+`width_study.py`; others are trained for one cascade, all of its widths at each step, with and without token recycling.
+The thresholds of cascades are fitted to a range of goals on the last quarter, and all is measured on the held-out
+images, which neither has seen. Trained models are kept in `runs/cascade_study`, what was measured is added to
+`docs/cascade_study.json` seed by seed, and what is there is not repeated.
 """
 
 import argparse
@@ -36,22 +37,38 @@ from width_study import (
     make_config,
 )
 
-from hydravit_hf import HydraViTForImageClassification, count_macs, evaluate_subnetworks
+from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, count_macs, evaluate_subnetworks
 from hydravit_hf.cascade import cascade_latencies, evaluate_cascade, fit_cascade
 from hydravit_hf.optimization import PrefixAdamW
 from hydravit_hf.training import AveragedWeights, classification_loss, sample_subnetworks
 
 STEPS = {"digits": 1_700, "mnist": 1_900}  # those of the width study at a quarter of the compute of ten models
 VALIDATION = 0.25
-CASCADES = {"3, 6, 12": [3, 6, 12], "3, 6": [3, 6], "3, 12": [3, 12]}  # the first is what `fit_cascade` takes by itself
+STAGES = [3, 6, 12]  # what `fit_cascade` takes by itself
+RECYCLING = {"subnetwork_heads": STAGES, "token_recycling": True}
+TRAININGS = {  # arguments of the configuration, and the widths of a step
+    "any width": ({}, "uniform"),
+    "all stages": ({"subnetwork_heads": STAGES}, "sandwich"),
+    "recycling": (RECYCLING, "weighted"),
+    "recycling, equal compute": (RECYCLING, "weighted"),  # to that of "any width"; the others have equal steps
+}
+CASCADES = {  # how the model was trained, and the widths
+    "3, 6, 12": ("any width", STAGES),
+    "3, 6": ("any width", [3, 6]),
+    "3, 12": ("any width", [3, 12]),
+    "3, 6, 12, all trained each step": ("all stages", STAGES),
+    "3, 6, 12, recycling": ("recycling", STAGES),
+    "3, 6, 12, recycling, equal compute": ("recycling, equal compute", STAGES),
+}
 BUDGETS = 10  # from 1.1 times the MACs of the narrowest to 0.97 times those of the widest
 TIMED_BATCH, ROUNDS = 100, 3
 OPTIONS = {"batch_size": 250, "disable_tqdm": True}
-STYLES = {
+STYLES = {  # what is plotted
     "one width": {"color": "0.35", "marker": "s", "linestyle": "--"},
     "3, 6, 12": {"color": "#4338ca", "marker": "o"},
-    "3, 6": {"color": "#0891b2", "marker": "^"},
     "3, 12": {"color": "#d97706", "marker": "v"},
+    "3, 6, 12, all trained each step": {"color": "#0891b2", "marker": "^"},
+    "3, 6, 12, recycling": {"color": "#be185d", "marker": "D"},
 }
 
 
@@ -76,16 +93,22 @@ def split(data: str, seed: int) -> tuple[Tensors, Tensors, Tensors]:
     return *(Tensors(images[part], labels[part]) for part in parts), Tensors(*test)
 
 
-def train(data: str, seed: int, folder: Path) -> Path:
-    """Train one HydraViT, unless it is there, by uniform draws that leave unused weights alone."""
-    folder = folder / f"{data}-{seed}"
+def train(data: str, seed: int, training: str, models: Path) -> Path:
+    """Train one HydraViT, unless it is there; unused weights are left alone."""
+    folder = models / f"{data}-{seed}-{training.replace(', ', '-').replace(' ', '-')}"
     if folder.exists():
         return folder
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     part, *_ = split(data, seed)
+    arguments, sampling = TRAININGS[training]
+    config = make_config(data, HEADS)
     learning_rate, steps, per_epoch = DATA[data][-1], STEPS[data], len(part) // BATCH
-    model = HydraViTForImageClassification(make_config(data, HEADS)).train()
+    if training.endswith("equal compute"):
+        mean = sum(count_macs(config, num_heads) for num_heads in HEADS) / len(HEADS)
+        steps = round(steps * mean / count_macs(HydraViTConfig(**config.to_dict() | arguments), HEADS[-1]))
+    config = HydraViTConfig(**config.to_dict() | arguments)
+    model = HydraViTForImageClassification(config).train()
     optimizer = PrefixAdamW(model, learning_rate, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, learning_rate, total_steps=steps + 1, pct_start=WARMUP, cycle_momentum=False, div_factor=1e3
@@ -96,10 +119,13 @@ def train(data: str, seed: int, folder: Path) -> Path:
         if position == 0:
             order = torch.randperm(len(part), generator=torch.Generator().manual_seed(1_000 * seed + epoch))
         batch = order[position * BATCH : (position + 1) * BATCH]
-        (num_heads,) = sample_subnetworks(model.config, seed, step, "uniform")
-        logits = model(part.pixel_values[batch], num_heads_active=num_heads).logits
-        classification_loss(logits, part.labels[batch], label_smoothing=LABEL_SMOOTHING).backward()
-        optimizer.num_heads = num_heads
+        widths = sample_subnetworks(config, seed, step, sampling)
+        for num_heads in widths:
+            outputs = model(part.pixel_values[batch], num_heads_active=num_heads)
+            logits = outputs.logits if outputs.stage_logits is None else outputs.stage_logits
+            loss = classification_loss(logits, part.labels[batch], label_smoothing=LABEL_SMOOTHING)
+            (loss / len(widths)).backward()
+        optimizer.num_heads = widths[0]
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
@@ -110,23 +136,29 @@ def train(data: str, seed: int, folder: Path) -> Path:
     return folder
 
 
-def measure(data: str, seed: int, folder: Path) -> list[dict]:
+def measure(data: str, seed: int, folders: dict[str, Path]) -> list[dict]:
     """A row for each width and for each cascade and goal: what it reaches on the held-out images."""
-    model = HydraViTForImageClassification.from_pretrained(folder).eval()
+    models = {name: HydraViTForImageClassification.from_pretrained(path).eval() for name, path in folders.items()}
     _, validation, test = split(data, seed)
     of_seed = {"data": data, "seed": seed}
     # 1. Every width
-    macs = {num_heads: count_macs(model.config, num_heads) for num_heads in HEADS}
-    ms = timed({num_heads: partial(forward, model, num_heads) for num_heads in HEADS}, test)
-    rows = [
-        of_seed | {"method": "one width", "num_heads": k, "accuracy": row["accuracy"], "macs": macs[k], "ms": ms[k]}
-        for k, row in zip(HEADS, evaluate_subnetworks(model, test, HEADS, **OPTIONS), strict=True)
-    ]
+    rows, cascades, calls = [], [], {}
+    for training, model in models.items():
+        method = "one width" if training == "any width" else f"one width, {training}"
+        for row in evaluate_subnetworks(model, test, **OPTIONS):
+            num_heads = row["num_heads"]
+            reached = {"accuracy": row["accuracy"], "macs": count_macs(model.config, num_heads)}
+            rows.append(of_seed | {"method": method, "num_heads": num_heads} | reached)
+            calls[method, num_heads] = partial(forward, model, num_heads)
+    ms = timed(calls, test)
+    rows = [row | {"ms": ms[row["method"], row["num_heads"]]} for row in rows]
     # 2. Cascades, fitted on the validation images
-    goals = [{"max_macs": budget} for budget in np.geomspace(1.1 * macs[3], 0.97 * macs[12], BUDGETS)]
+    narrowest, widest = (count_macs(models["any width"].config, num_heads) for num_heads in (HEADS[0], HEADS[-1]))
+    goals = [{"max_macs": budget} for budget in np.geomspace(1.1 * narrowest, 0.97 * widest, BUDGETS)]
     goals += [{"max_accuracy_loss": loss} for loss in (0.0, 0.005, 0.01)]
-    cascades, calls = [], {}
-    for (method, heads), goal in product(CASCADES.items(), goals):
+    calls = {}
+    for (method, (training, heads)), goal in product(CASCADES.items(), goals):
+        model = models[training]
         settings = fit_cascade(model, validation, heads, **goal, **OPTIONS)["cascade"]
         found = evaluate_cascade(model, test, *settings.values(), **OPTIONS)
         reached = {name: found[name] for name in ("thresholds", "accuracy", "macs", "shares")}
@@ -135,7 +167,8 @@ def measure(data: str, seed: int, folder: Path) -> list[dict]:
     ms = timed(calls, test)
     rows += [row | {"ms": ms[row["method"], *row["thresholds"]]} for row in cascades]
     # 3. Cascades for images that come one by one, fitted to a latency
-    for method, heads in CASCADES.items():
+    for method, (training, heads) in CASCADES.items():
+        model = models[training]
         latencies = cascade_latencies(model, heads, disable_tqdm=True)
         goal = {"max_latency_ms": (2 * latencies[0] + latencies[-1]) / 3}
         settings = fit_cascade(model, validation, heads, **goal, latencies=latencies, **OPTIONS)["cascade"]
@@ -177,7 +210,7 @@ def forward(model: HydraViTForImageClassification, num_heads: int, pixel_values:
 
 
 def curve(rows: list[dict], data: str, method: str) -> list[dict]:
-    """Means over the seeds, a row for each width or budget, with the standard deviation of the accuracy."""
+    """Means over the seeds, a row for each width or budget."""
     rows = [row for row in rows if row["data"] == data and row["method"] == method]
     by_seed = [
         [row for row in rows if row["seed"] == seed and ("num_heads" in row or "max_macs" in row["goal"])]
@@ -186,8 +219,8 @@ def curve(rows: list[dict], data: str, method: str) -> list[dict]:
     means = []
     for same in zip(*by_seed, strict=True):
         mean = {key: float(np.mean([row[key] for row in same])) for key in ("macs", "ms", "accuracy")}
-        mean["name"] = f"{same[0]['num_heads']} heads" if "num_heads" in same[0] else f"cascade {method}"
-        means.append(mean | {"deviation": float(np.std([row["accuracy"] for row in same], ddof=1))})
+        name = method.replace("one width", f"{same[0].get('num_heads')} heads")
+        means.append(mean | {"name": name if "num_heads" in same[0] else f"cascade {method}"})
     return means
 
 
@@ -205,13 +238,15 @@ def report(rows: list[dict], path: Path):
     for data, pair in zip(DATA, figure.subplots(2, 2), strict=True):
         widths = curve(rows, data, "one width")
         print(f"\n{data}\n\n| | MACs | ms | accuracy | at equal MACs | at equal time |\n| --- |" + " ---: |" * 5)
-        for method in ("one width", *CASCADES):
+        for method in dict.fromkeys(row["method"] for row in rows):
             points = curve(rows, data, method)
             above = [gains(points, widths, over) for over in ("macs", "ms")]
             for row, *both in zip(points, *above, strict=True):
                 cells = [row["name"], f"{row['macs'] / 1e6:.2f} M", f"{row['ms']:.4f}", f"{row['accuracy']:.2%}"]
                 cells += ["", ""] if method == "one width" else [f"{gain:+.2f}" for gain in both]
                 print("| " + " | ".join(cells) + " |")
+            if method not in STYLES:
+                continue
             for axes, over, unit in zip(pair, ("macs", "ms"), (1e6, 1), strict=True):
                 label = method if method == "one width" else f"cascade of {method} heads"
                 x = [row[over] / unit for row in points]
@@ -227,9 +262,15 @@ def report(rows: list[dict], path: Path):
     print("| --- | --- | ---: | ---: |")
     for data, method, name in product(DATA, CASCADES, ("max_macs", "max_latency_ms", "max_accuracy_loss")):
         chosen = [row for row in rows if (row["data"], row["method"]) == (data, method) and name in row.get("goal", {})]
+        if not chosen:
+            continue
         if name == "max_accuracy_loss":
+            training = CASCADES[method][0]
+            alone = "one width" if training == "any width" else f"one width, {training}"
             widest = {
-                row["seed"]: row["accuracy"] for row in rows if row["data"] == data and row.get("num_heads") == 12
+                row["seed"]: row["accuracy"]
+                for row in rows
+                if (row["data"], row["method"], row.get("num_heads")) == (data, alone, CASCADES[method][1][-1])
             }
             missed = [100 * (widest[row["seed"]] - row["accuracy"] - row["goal"][name]) for row in chosen]
             form = "{:+.2f} points of accuracy"
@@ -250,13 +291,15 @@ def main():
     args = parser.parse_args()
     file = args.output_dir / "cascade_study.json"
     results = json.loads(file.read_text()) if file.exists() else {}
-    jobs = [job for job in product(DATA, range(args.seeds)) if f"{job[0]}/{job[1]}" not in results]
-    if jobs and not args.report:
+    missing = [pair for pair in product(DATA, range(args.seeds)) if f"{pair[0]}/{pair[1]}" not in results]
+    if missing and not args.report:
+        jobs = [(data, seed, training) for (data, seed), training in product(missing, TRAININGS)]
         with ProcessPoolExecutor(args.num_processes, mp_context=get_context("spawn")) as pool:
-            folders = list(pool.map(partial(train, folder=args.models), *zip(*jobs, strict=True)))
+            trained = pool.map(partial(train, models=args.models), *zip(*jobs, strict=True))
+            folders = dict(zip(jobs, tqdm(trained, desc="Training", total=len(jobs)), strict=True))
         torch.set_num_threads(1)
-        for (data, seed), folder in zip(jobs, folders, strict=True):
-            results[f"{data}/{seed}"] = measure(data, seed, folder)
+        for data, seed in missing:
+            results[f"{data}/{seed}"] = measure(data, seed, {name: folders[data, seed, name] for name in TRAININGS})
             file.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     report([row for rows in results.values() for row in rows], args.output_dir / "cascade_study.png")
 

@@ -162,7 +162,8 @@ class HydraViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """As in transformers; a `num_attention_heads` among the overrides resizes the subnetworks with it."""
+        """As in transformers; a `num_attention_heads` among the overrides resizes the subnetworks with it, and other
+        labels drop the cascade, which was fitted to those that there were."""
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(
@@ -176,7 +177,11 @@ class HydraViTConfig(BackboneConfigMixin, PreTrainedConfig):
         if num_attention_heads is not None:
             config_dict = cls(**config_dict).resized(num_attention_heads).to_dict()
         return_unused_kwargs = kwargs.pop("return_unused_kwargs", False)
-        config, unused = super().from_dict({**config_dict, **first}, return_unused_kwargs=True, **kwargs)
+        config_dict = {**config_dict, **first}
+        labels = cls(**config_dict).id2label if config_dict.get("cascade") else None
+        config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
+        if labels is not None and config.id2label != labels and "cascade" not in kwargs:
+            config.cascade = None
         config.validate()
         return (config, unused) if return_unused_kwargs else config
 

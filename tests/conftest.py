@@ -4,12 +4,16 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import shutil
+import sys
+
 import pytest
 import torch
 
-from hydravit_hf import HydraViTConfig, HydraViTForImageClassification
+from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, cli
 
 HEADS = range(1, 7)
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 @pytest.fixture(autouse=True)
@@ -41,3 +45,29 @@ def model(make_model):
 @pytest.fixture
 def images():
     return torch.randn(3, 3, 16, 16)
+
+
+@pytest.fixture
+def hydravit(monkeypatch, capsys):
+    """Runs the command in this process: (exit code, what it printed, what it printed to stderr)."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["hydravit", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        printed, code = capsys.readouterr(), stop.value.code
+        if isinstance(code, str):  # as Python does it
+            return 1, printed.out, printed.err + code + "\n"
+        return code or 0, printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture
+def browser() -> str:
+    """The path of an installed Chromium."""
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip("no Chromium to show it")
+    return path

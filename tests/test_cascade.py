@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import default_data_collator, pipeline
 
-from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, cli, count_macs, evaluate_subnetworks
+from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, count_macs, evaluate_subnetworks
 from hydravit_hf import cascade as fitting
 from hydravit_hf.cascade import cascade_latencies, evaluate_cascade, fit_cascade, fit_temperature, save_cascade
 from hydravit_hf.cascade_hydravit import run_cascade, uncertainty
@@ -256,6 +256,17 @@ def test_a_model_of_other_heads_has_no_cascade(make_model, tmp_path):
     model.save_pretrained(tmp_path)
     assert HydraViTForImageClassification.from_pretrained(tmp_path, num_attention_heads=3).config.cascade is None
     assert HydraViTForImageClassification.from_pretrained(tmp_path, num_heads_active=3).config.cascade == SETTINGS
+
+
+def test_a_model_of_other_labels_has_no_cascade(make_model, tmp_path):
+    make_model(cascade=dict(SETTINGS), num_labels=5).save_pretrained(tmp_path)
+    load = HydraViTForImageClassification.from_pretrained
+    assert load(tmp_path, num_labels=5).config.cascade == SETTINGS
+    assert load(tmp_path, id2label={index: f"LABEL_{index}" for index in range(5)}).config.cascade == SETTINGS
+    for labels in ({"num_labels": 7}, {"id2label": dict(enumerate("abcde"))}):
+        assert load(tmp_path, ignore_mismatched_sizes=True, **labels).config.cascade is None
+    kept = load(tmp_path, ignore_mismatched_sizes=True, num_labels=7, cascade=dict(SETTINGS))
+    assert kept.config.cascade == SETTINGS
 
 
 @pytest.mark.parametrize(
@@ -557,38 +568,24 @@ def folder(make_model, tmp_path):
     return tmp_path / "tiny"
 
 
-@pytest.fixture
-def hydravit(monkeypatch, capsys):
-    """Run the command in this process: (exit code or message, what it printed)."""
-
-    def run(*arguments):
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["hydravit", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return stop.value.code or 0, capsys.readouterr().out
-
-    return run
-
-
 def test_the_command_fits_saves_and_runs_a_cascade(hydravit, folder, tmp_path):
     image = tmp_path / "digit.png"
     load_digits()["test"][0]["image"].save(image)
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     budget = 2 * count_macs(HydraViTConfig.from_pretrained(folder), 3)
     goal = ["--heads", 1, "--heads", 3, "--heads", 6, "--max-macs", budget]
-    code, out = hydravit("cascade", folder, "digits", *goal, "--json")
+    code, out, _ = hydravit("cascade", folder, "digits", *goal, "--json")
     fitted = json.loads(out)
     assert code == 0 and fitted["cascade"]["num_heads"] == HEADS and fitted["macs"] <= budget
     assert before == {file.name: file.read_bytes() for file in folder.iterdir()}
-    code, out = hydravit("cascade", folder, "digits", *goal, "--save")
+    code, out, _ = hydravit("cascade", folder, "digits", *goal, "--save")
     assert code == 0 and "3 heads: answers " in out and f"Accuracy {fitted['accuracy']:.2%} at " in out and "360" in out
     loaded = HydraViTForImageClassification.from_pretrained(folder)
     assert loaded.config.cascade == fitted["cascade"]
     after = {file.name: file.read_bytes() for file in folder.iterdir()}
     values = json.loads(after.pop("config.json"))
     assert values == json.loads(before.pop("config.json")) | {"cascade": fitted["cascade"]} and before == after
-    code, out = hydravit("predict", folder, image, "--cascade", "--json")
+    code, out, _ = hydravit("predict", folder, image, "--cascade", "--json")
     (answer,) = json.loads(out)
     assert code == 0 and answer["output"][0]["num_heads"] in HEADS
 
@@ -598,9 +595,9 @@ def test_predict_runs_a_cascade_of_the_widths_that_it_is_given(hydravit, folder,
     load_digits()["test"][0]["image"].save(image)
     widths = ["--num-heads-active", 3, "--num-heads-active", 6]
     for threshold, num_heads in ((0, 6), (1e9, 3)):
-        code, out = hydravit("predict", folder, image, *widths, "--threshold", threshold, "--json")
+        code, out, _ = hydravit("predict", folder, image, *widths, "--threshold", threshold, "--json")
         assert code == 0 and {row["num_heads"] for row in json.loads(out)[0]["output"]} == {num_heads}
-        code, out = hydravit("predict", folder, image, *widths, "--threshold", threshold, "--criterion", "margin")
+        code, out, _ = hydravit("predict", folder, image, *widths, "--threshold", threshold, "--criterion", "margin")
         assert code == 0 and out.endswith(f"({num_heads} heads)\n")
     three = ["--num-heads-active", 1, *widths, "--threshold", 0, "--threshold", 1e9]
     assert json.loads(hydravit("predict", folder, image, *three, "--json")[1])[0]["output"][0]["num_heads"] == 3
@@ -617,8 +614,9 @@ def test_the_command_says_what_is_wrong_in_one_line(hydravit, folder):
         (["predict", folder, "missing.png", "--threshold", 1], "are of a cascade"),
     ]
     for arguments, message in wrong:
-        code, out = hydravit(*arguments)
-        assert code.startswith("error: ") and "\n" not in code and message in code and out == ""
+        code, out, err = hydravit(*arguments)
+        *_, line = err.splitlines()
+        assert code == 1 and line.startswith("error: ") and message in line and out == ""
 
 
 def test_saving_settings_that_the_model_does_not_hold_changes_nothing(folder):

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTForImageClassification
 
-from hydravit_hf import HydraViTForImageClassification, cli, evaluate_subnetworks
+from hydravit_hf import HydraViTForImageClassification, evaluate_subnetworks
 from hydravit_hf.data import load_digits, to_pixel_values
 from hydravit_hf.image_processing import make_image_processor
 from hydravit_hf.profiling import count_macs, count_parameters
@@ -25,24 +25,6 @@ def folder(make_model, tmp_path):
     model.save_pretrained(tmp_path / "tiny")
     make_image_processor(model.config).save_pretrained(tmp_path / "tiny")
     return str(tmp_path / "tiny")
-
-
-@pytest.fixture
-def hydravit(monkeypatch, capsys):
-    """Run the command in this process: (exit code, what it printed, what it printed to stderr)."""
-
-    def run(*arguments):
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["hydravit", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        printed = capsys.readouterr()
-        code = stop.value.code
-        if isinstance(code, str):  # as Python does it
-            return 1, printed.out, printed.err + code + "\n"
-        return code or 0, printed.out, printed.err
-
-    return run
 
 
 def test_profile_prints_a_row_for_each_width_and_the_widest_that_fits(hydravit, folder, model):

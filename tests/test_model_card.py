@@ -1,6 +1,5 @@
 """A card is valid metadata, shows the numbers that it was given, and every line of its code runs."""
 
-import functools
 import json
 import re
 import shutil
@@ -155,16 +154,9 @@ def test_the_base_card_labels_its_numbers_as_the_authors():
     assert [row[:3] for row in table_rows(card.text)[2:]] == counted_rows(HydraViTConfig(num_labels=1000))
 
 
-@functools.cache
-def browser() -> str | None:
-    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
 @pytest.mark.parametrize("name", RELEASED)
-def test_a_card_renders_with_its_table_and_plot(tmp_path, name):
+def test_a_card_renders_with_its_table_and_plot(browser, tmp_path, name):
     playwright = pytest.importorskip("playwright.sync_api")
-    if browser() is None:
-        pytest.skip("no Chromium to render it")
     card = ModelCard.load(CARDS / name / "README.md")
     style = "body { font: 16px sans-serif; max-width: 900px; margin: auto } td, th { padding: 4px 12px }"
     html = f"<meta charset=utf-8><style>{style}</style>" + MarkdownIt("gfm-like", {"linkify": False}).render(card.text)
@@ -172,7 +164,7 @@ def test_a_card_renders_with_its_table_and_plot(tmp_path, name):
     (tmp_path / "card.html").write_text(html, encoding="utf-8")
     with playwright.sync_playwright() as driver:
         arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        page = driver.chromium.launch(executable_path=browser(), args=arguments).new_page()
+        page = driver.chromium.launch(executable_path=browser, args=arguments).new_page()
         page.goto((tmp_path / "card.html").as_uri())
         assert page.locator("h1").inner_text() == name
         assert page.locator("tbody tr").count() == 10

@@ -47,11 +47,12 @@ def test_the_python_snippets_run_and_do_what_they_say(trained):
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory")
-def test_the_snippet_on_training_trains_a_checkpoint_that_loads_at_any_width(tmp_path, monkeypatch):
+def test_the_snippets_on_training_train_a_checkpoint_that_loads_at_any_width(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (snippet,) = snippets("python", TRAINING)
     names = {}
-    exec(compile(snippet, "docs/training.md snippet", "exec"), names)
+    for number, snippet in enumerate(snippets("python", TRAINING)):
+        exec(compile(snippet, f"docs/training.md snippet {number + 1}", "exec"), names)
+    assert names["model"].config.stages(6) == [3, 6]
     loaded = HydraViTForImageClassification.from_pretrained("runs/trainer", num_attention_heads=3)
     assert loaded.config.subnetwork_heads == [3]
     assert "eval_3_heads_accuracy" in names["trainer"].state.log_history[-1]

@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -34,7 +33,6 @@ from hydravit_hf.reporting import COLUMNS
 ROOT = Path(__file__).parents[1]
 SPACE = ROOT / "examples" / "space"
 FILES = ("app", "digits", "drawing")
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 HEADLESS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 UNREADABLE = "This file can't be read as an image. Try a PNG, JPEG or WebP."
 
@@ -132,18 +130,15 @@ def read_scores(box) -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_in_a_browser_the_slider_shows_each_width_of_the_uploaded_image(model, checkpoint, picture, tmp_path):
+def test_in_a_browser_the_slider_shows_each_width_of_the_uploaded_image(model, checkpoint, picture, browser, tmp_path):
     pytest.importorskip("gradio", reason="needs the extra `space`")
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    browser_path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser_path is None:
-        pytest.skip(f"needs a browser: {', '.join(BROWSERS)}")
     text = tmp_path / "text.png"
     text.write_text("not an image")
     errors, hosts = [], set()
     with served(checkpoint, tmp_path) as address, playwright.sync_playwright() as starter:
-        browser = starter.chromium.launch(executable_path=browser_path, args=HEADLESS)
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        chromium = starter.chromium.launch(executable_path=browser, args=HEADLESS)
+        page = chromium.new_page(viewport={"width": 1280, "height": 900})
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("request", lambda request: hosts.add(urlparse(request.url).hostname))
@@ -175,7 +170,7 @@ def test_in_a_browser_the_slider_shows_each_width_of_the_uploaded_image(model, c
         page.screenshot(path=tmp_path / "page.png")
         page.set_viewport_size({"width": 420, "height": 900})
         assert page.evaluate("document.documentElement.scrollWidth") <= 420
-        browser.close()
+        chromium.close()
     assert errors == []
     assert hosts - {None, ""} == {"127.0.0.1"}
     assert "Traceback" not in (tmp_path / "log.txt").read_text()

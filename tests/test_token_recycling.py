@@ -18,7 +18,6 @@ from hydravit_hf import (
     HydraViTModel,
     HydraViTTrainer,
     HydraViTTrainingArguments,
-    cli,
     count_macs,
     create_model_card,
     evaluate_subnetworks,
@@ -421,14 +420,11 @@ def test_the_card_says_that_tokens_are_recycled(recycling, model):
     assert "recycles tokens" not in create_model_card(model, rows, "tiny", dataset_name="noise").text
 
 
-def test_the_command_says_which_width_can_leave_as_a_vit(recycling, tmp_path, monkeypatch):
+def test_the_command_says_which_width_can_leave_as_a_vit(recycling, hydravit, tmp_path):
     recycling.save_pretrained(tmp_path / "model")
     make_image_processor(recycling.config).save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(
-        sys, "argv", ["hydravit", "extract", str(tmp_path / "model"), "3", str(tmp_path / "vit"), "--vit"]
-    )
-    with pytest.raises(SystemExit, match="error: 3 heads of this model are the passes of"):
-        cli.main()
+    code, _, err = hydravit("extract", tmp_path / "model", 3, tmp_path / "vit", "--vit")
+    assert code == 1 and "error: 3 heads of this model are the passes of [1, 3] heads" in err
 
 
 WITHOUT_THE_PACKAGE = """
