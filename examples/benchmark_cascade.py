@@ -1,6 +1,7 @@
 """Does a cascade skip the work? Its time over that of the passes that it should consist of, interleaved in one run.
 
     python examples/benchmark_cascade.py --batch_size 32 --shares 0.5 0.8
+    python examples/benchmark_cascade.py --token_recycling
 
 For each share of images that stop early, the threshold is set so that they do, on random images and weights. Each round
 times, in alternating order, the cascade, and the narrow pass of all images with the wide pass of the rest; and the wide
@@ -27,21 +28,29 @@ def milliseconds(call, device: torch.device) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
+def run_passes(encoder, images: torch.Tensor, narrow: int, rest: torch.Tensor, second: dict):
+    encoder(images, num_heads_active=narrow)
+    encoder(rest, **second)
+
+
 @torch.inference_mode()
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--heads", type=int, nargs=2, default=[3, 12])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.8], help="of the images that stop early")
     parser.add_argument("--batch_size", type=int, default=20)
+    parser.add_argument("--token_recycling", action="store_true", help="of a model whose wide pass recycles tokens")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     device, (narrow, wide) = torch.device(args.device), args.heads
     torch.manual_seed(0)
     # 1. A model, images, and how uncertain it is about them at the narrow width
-    model = HydraViTForImageClassification(HydraViTConfig(num_labels=1000)).to(device).eval()
+    stages = {"subnetwork_heads": args.heads, "token_recycling": True} if args.token_recycling else {}
+    model = HydraViTForImageClassification(HydraViTConfig(num_labels=1000, **stages)).to(device).eval()
     images = torch.randn(args.batch_size, 3, 224, 224, device=device)
-    ranked = uncertainty(model(images, num_heads_active=narrow).logits).sort().values.double()
+    encoded = model.hydravit(images, num_heads_active=narrow)
+    ranked = uncertainty(model.classifier(encoded.pooler_output)).sort().values.double()
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{machine}, torch {torch.__version__}, {args.batch_size} images, {narrow} then {wide} heads\n")
     print("| stop early | cascade, ms | both passes, ms | ratio | 12 heads for all, ms |".replace("12", str(wide)))
@@ -50,13 +59,15 @@ def main():
         # 2. The threshold between the images that stop and those that go on
         stop = round(share * args.batch_size)
         threshold = ranked[stop - 1 : stop + 1].mean().item()
-        rest = images[stop:].clone()
+        rest, second = images[stop:].clone(), {"num_heads_active": wide}
+        if args.token_recycling:
+            second["recycled_tokens"] = encoded.last_hidden_state[stop:].clone()
         if (found := (model.cascade(images, [narrow, wide], threshold).num_heads == narrow).sum().item()) != stop:
             raise RuntimeError(f"{found} images stop early, not {stop}.")
         # 3. The rounds, after one that warms up
         calls = {
             "cascade": partial(model.cascade, images, [narrow, wide], threshold),
-            "passes": lambda rest=rest: (model(images, num_heads_active=narrow), model(rest, num_heads_active=wide)),
+            "passes": partial(run_passes, model.hydravit, images, narrow, rest, second),
             "wide": partial(model, images, num_heads_active=wide),
         }
         times = {name: [] for name in calls}

@@ -61,7 +61,7 @@ CASCADES = {  # how the model was trained, and the widths
     "3, 6, 12, recycling, equal compute": ("recycling, equal compute", STAGES),
 }
 BUDGETS = 10  # from 1.1 times the MACs of the narrowest to 0.97 times those of the widest
-TIMED_BATCH, ROUNDS = 100, 3
+TIMED_BATCH, ROUNDS = 250, 5
 OPTIONS = {"batch_size": 250, "disable_tqdm": True}
 STYLES = {  # what is plotted
     "one width": {"color": "0.35", "marker": "s", "linestyle": "--"},

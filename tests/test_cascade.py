@@ -692,8 +692,9 @@ def run_example(*arguments) -> list[str]:
     return [line for line in result.stdout.splitlines() if line.startswith("| ")]
 
 
-def test_the_benchmark_prints_a_row_for_each_share():
-    lines = run_example("benchmark_cascade.py", "--heads", 1, 2, "--batch_size", 4, "--rounds", 1)
+@pytest.mark.parametrize("recycling", [[], ["--token_recycling"]])
+def test_the_benchmark_prints_a_row_for_each_share(recycling):
+    lines = run_example("benchmark_cascade.py", "--heads", 1, 2, "--batch_size", 4, "--rounds", 1, *recycling)
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| 50%", "| 80%"]
 
 
