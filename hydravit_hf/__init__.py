@@ -30,6 +30,7 @@ _FUNCTIONS = {
     "create_model_card": "model_card",
     "evaluate_cascade": "cascade",
     "evaluate_subnetworks": "evaluation",
+    "export_cascade": "export",
     "export_subnetwork": "export",
     "export_subnetworks": "export",
     "fit_cascade": "cascade",

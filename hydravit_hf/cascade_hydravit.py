@@ -55,6 +55,15 @@ def uncertainty(logits: torch.Tensor, criterion: str = "entropy", temperature: f
     return uncertain.clamp_min(0).nan_to_num(nan=torch.finfo(uncertain.dtype).max)
 
 
+def check_chooses_one_label(config):
+    """Raise a `ValueError` where a model has no cascade, as it doesn't choose one of several labels."""
+    if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
+        raise ValueError(
+            "A cascade needs a model that chooses one of several labels: this one has "
+            f"num_labels={config.num_labels}, problem_type={config.problem_type!r}."
+        )
+
+
 @torch.no_grad()
 def run_cascade(
     model,
@@ -84,12 +93,8 @@ def run_cascade(
     """
     config = model.config
     settings = config.resolve_cascade(heads, thresholds, criterion, temperatures)
+    check_chooses_one_label(config)
     heads = settings["num_heads"]
-    if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
-        raise ValueError(
-            "A cascade needs a model that chooses one of several labels: this one has "
-            f"num_labels={config.num_labels}, problem_type={config.problem_type!r}."
-        )
     logits = pixel_values.new_empty((len(pixel_values), config.num_labels), dtype=model.dtype)
     images = torch.arange(len(pixel_values), device=pixel_values.device)  # that are still to be classified
     num_heads, macs = torch.zeros_like(images), torch.zeros_like(images)

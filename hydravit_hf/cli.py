@@ -219,20 +219,25 @@ def export(
         list[int] | None, typer.Option(help="Heads to export; repeat for several widths of ONNX in one. Default: all.")
     ] = None,
     format: Annotated[str, typer.Option(help="onnx, openvino, torch_export or executorch")] = "onnx",
+    cascade: Annotated[bool, typer.Option("--cascade", help="Export the saved cascade, as one file of ONNX.")] = False,
 ):
     """Write a width for another runtime: a file that needs nothing of this package."""
     from transformers import AutoImageProcessor
 
-    from .export import export_subnetwork, export_subnetworks
+    from .export import export_cascade, export_subnetwork, export_subnetworks
 
+    if cascade and num_heads:
+        raise ValueError("Give `--cascade` or `--num-heads`, not both.")
+    if format != "onnx" and (cascade or len(num_heads or []) > 1):
+        raise ValueError(f"Several widths in one are for ONNX only, not '{format}'.")
     loaded, heads = _load(model, "cpu"), num_heads or [None]
     processor = AutoImageProcessor.from_pretrained(model)
-    if len(heads) == 1:
+    if cascade:
+        written = export_cascade(loaded, path, processor)
+    elif len(heads) == 1:
         written = export_subnetwork(loaded, heads[0], format, path, processor)
-    elif format == "onnx":
-        written = export_subnetworks(loaded, heads, path, processor)
     else:
-        raise ValueError(f"Several widths in one are for ONNX only, not '{format}'.")
+        written = export_subnetworks(loaded, heads, path, processor)
     print(f"Wrote {written}")
 
 

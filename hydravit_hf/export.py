@@ -12,12 +12,14 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager, redirect_stdout
+from copy import copy
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from .cascade_hydravit import check_chooses_one_label
 from .configuration_hydravit import as_pair
 from .modeling_hydravit import HydraViTForImageClassification
 
@@ -60,8 +62,7 @@ def export_subnetwork(
     """
     path = Path(path)
     _check(model, format)
-    if path.suffix != _FORMATS[format][3]:
-        raise ValueError(f"`path` must end with '{_FORMATS[format][3]}' for the format '{format}', not be '{path}'.")
+    _check_suffix(path, format)
     if num_heads is None:
         num_heads = model.config.num_heads_active or model.config.num_attention_heads
     model.config.check_num_heads(num_heads)
@@ -119,6 +120,43 @@ def export_subnetworks(
     return path
 
 
+def export_cascade(
+    model: HydraViTForImageClassification, path: str | Path, image_processor=None, cascade: dict | None = None
+) -> Path:
+    """Write a cascade as one ONNX file that holds the weights once: each width is given only the images that have come
+    so far, and doesn't run where none has.
+
+    Its input is `pixel_values`, (B, C, H, W) for any B, 0 included, and the model's image size. Its outputs are those
+    of `HydraViTForImageClassification.cascade`: `logits`, (B, labels); `num_heads` and `macs`, (B,), int64. Metadata
+    are those of `export_subnetwork`, with `cascade`, its settings, in place of `num_heads`; infinity stands there as in
+    a `config.json`.
+
+    Args:
+        model: The classifier.
+        path: The file, `*.onnx`, which is replaced.
+        image_processor: As for `export_subnetwork`.
+        cascade: The settings, as in `HydraViTConfig`; None: `model.config.cascade`.
+
+    Raises:
+        ValueError: No such settings, or some out of their range; a model that doesn't choose one of several labels,
+            one that recycles tokens, or one without a classifier; a path that doesn't end with '.onnx'.
+        ImportError: The packages that ONNX needs are not installed.
+    """
+    path, config = Path(path), copy(model.config)
+    _check(model, "onnx")
+    _check_suffix(path, "onnx")
+    config.cascade = config.resolve_cascade(**cascade or {})
+    check_chooses_one_label(config)
+    heads = config.cascade["num_heads"]
+    # The widest first, as it is the one that can't be exported where tokens are recycled
+    programs = {num_heads: _export(model, num_heads, "onnx") for num_heads in reversed(heads)}
+    program = _as_cascade(programs, config.cascade, config.count_cascade_macs(heads))
+    as_json = json.loads(config.to_json_string())["cascade"]  # infinity as transformers writes it
+    with _staging(path) as staging:
+        _save_onnx(program, _metadata(model, image_processor, cascade=as_json), staging / path.name)
+    return path
+
+
 def _check(model: HydraViTForImageClassification, format: str):
     if format not in _FORMATS:
         raise ValueError(f"`format` must be one of {', '.join(_FORMATS)}, not {format!r}.")
@@ -126,6 +164,11 @@ def _check(model: HydraViTForImageClassification, format: str):
         raise ValueError("`model` must be a HydraViTForImageClassification: what is exported is a classifier.")
     if missing := [package for package in _FORMATS[format][1] if find_spec(package) is None]:
         raise ImportError(f"The format '{format}' needs {', '.join(missing)}: pip install \"hydravit_hf[export]\"")
+
+
+def _check_suffix(path: Path, format: str):
+    if path.suffix != _FORMATS[format][3]:
+        raise ValueError(f"`path` must end with '{_FORMATS[format][3]}' for the format '{format}', not be '{path}'.")
 
 
 def _metadata(model: HydraViTForImageClassification, image_processor, **width) -> dict:
@@ -265,28 +308,53 @@ def _borrow(graph, lend: Callable) -> list:
     return taken
 
 
-def _with_width_as_input(programs: dict):
-    """One program with a branch for each width; any other width ends in a node that fails, and whose name says why."""
+def _inputs_and_weights(widest) -> tuple:
+    """Of a program around branches: its `pixel_values`, and the weights that the branches borrow, by name."""
     import onnx_ir as ir
-    from onnx_ir.passes.common import NameFixPass
 
-    widest = programs[max(programs)]
-    (images,), (logits,) = widest.graph.inputs, widest.graph.outputs
-    images = ir.Value(name=images.name, shape=images.shape, type=images.type)
-    width = ir.Value(name="num_heads_active", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64))
+    (images,) = widest.graph.inputs
     weights = {
         name: ir.Value(name=name, shape=value.shape, type=value.type, const_value=value.const_value)
         for name, value in widest.graph.initializers.items()
         if value.dtype.is_floating_point() and value.shape.rank()
     }
+    return ir.Value(name=images.name, shape=images.shape, type=images.type), weights
+
+
+def _as_branch(program, images, weights: dict):
+    """The graph of a program, to run inside another on its `images` and with its weights."""
+    branch = program.graph
+    _borrow(branch, lambda name, shape: weights.get(name))
+    branch.inputs[0].replace_all_uses_with(images)
+    branch.inputs.clear()
+    return branch
+
+
+def _around(widest, inputs: list, outputs: list, nodes, initializers: list):
+    """A program of such branches."""
+    import onnx_ir as ir
+    from onnx_ir.passes.common import NameFixPass
+
+    opsets = widest.graph.opset_imports
+    graph = ir.Graph(inputs, outputs, nodes=nodes, initializers=initializers, opset_imports=opsets, name="main")
+    program = ir.Model(graph, ir_version=widest.ir_version)
+    NameFixPass()(program)  # the branches have the same names
+    return program
+
+
+def _with_width_as_input(programs: dict):
+    """One program with a branch for each width; any other width ends in a node that fails, and whose name says why."""
+    import onnx_ir as ir
+
+    widest = programs[max(programs)]
+    (logits,) = widest.graph.outputs
+    images, weights = _inputs_and_weights(widest)
+    width = ir.Value(name="num_heads_active", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64))
     nothing = _constant("nothing", np.empty((0, 1, logits.shape[1]), logits.dtype.numpy()))
     message = f"num_heads_active must be one of {', '.join(map(str, programs))}"
     nodes, constants = [ir.node("Gather", [nothing, width], name=message)], [nothing]
     for num_heads, program in programs.items():
-        branch = program.graph
-        _borrow(branch, lambda name, shape: weights.get(name))
-        branch.inputs[0].replace_all_uses_with(images)
-        branch.inputs.clear()
+        branch = _as_branch(program, images, weights)
         nodes[-1].outputs[0].type = logits.type
         otherwise = ir.Graph([], nodes[-1].outputs, nodes=nodes, initializers=constants, name=f"not_{num_heads}_heads")
         constants = [_constant("heads", num_heads)]
@@ -295,14 +363,76 @@ def _with_width_as_input(programs: dict):
         nodes = [asked_for, ir.node("If", asked_for.outputs, attributes=branches)]
     output = nodes[-1].outputs[0]
     output.name, output.type, output.shape = logits.name, logits.type, logits.shape
-    initializers = [*constants, *weights.values()]
-    opsets = widest.graph.opset_imports
-    graph = ir.Graph(
-        [images, width], [output], nodes=nodes, initializers=initializers, opset_imports=opsets, name="main"
-    )
-    program = ir.Model(graph, ir_version=widest.ir_version)
-    NameFixPass()(program)  # the branches have the same names
-    return program
+    return _around(widest, [images, width], [output], nodes, [*constants, *weights.values()])
+
+
+def _as_cascade(programs: dict, settings: dict, macs: list[int]):
+    """One program that does what `cascade_hydravit.run_cascade` does: a width is a branch, which runs where images have
+    come so far. The few nodes between the branches always run; on no images they cost next to nothing."""
+    import onnx_ir as ir
+
+    widest = programs[max(programs)]
+    (logits,) = widest.graph.outputs
+    images, weights = _inputs_and_weights(widest)
+    tape = ir.tape.Tape()
+    op = tape.op
+    given, places, answers = images, None, None  # the images that go on, and where in the batch they are, (n, 1)
+    steps = zip(settings["num_heads"], macs, [*settings["thresholds"], None], settings["temperatures"], strict=True)
+    for num_heads, cost, threshold, temperature in steps:
+        count = op("Shape", [given], {"start": 0, "end": 1})
+        branches = _or_nothing(_as_branch(programs[num_heads], given, weights), logits)
+        found = [op("If", [op("Cast", [count], {"to": ir.DataType.BOOL})], branches)]
+        found += [op("Expand", [op("Constant", [], {"value_int": number}), count]) for number in (num_heads, cost)]
+        if answers is None:
+            answers = found
+        else:
+            answers = [op("ScatterND", [whole, places, part]) for whole, part in zip(answers, found, strict=True)]
+        if threshold is not None:
+            uncertain = _uncertainty(tape, found[0], settings["criterion"], temperature)
+            going = op("GreaterOrEqual", [uncertain, op("Constant", [], {"value_float": threshold})])
+            chosen = op("Transpose", [op("NonZero", [going])])
+            given = op("GatherND", [given, chosen])
+            places = chosen if places is None else op("GatherND", [places, chosen])
+    for number, value in enumerate(output for node in tape.nodes for output in node.outputs):
+        value.name = f"cascade_{number}"  # which no branch has
+    integers = ir.TensorType(ir.DataType.INT64), ir.Shape(["batch"])
+    kinds = {logits.name: (logits.type, logits.shape), "num_heads": integers, "macs": integers}
+    for value, (name, (kind, shape)) in zip(answers, kinds.items(), strict=True):
+        value.name, value.type, value.shape = name, kind, shape
+    return _around(widest, [images], answers, tape.nodes, list(weights.values()))
+
+
+def _or_nothing(branch, logits) -> dict:
+    """The branches of an `If` that runs a width or gives (0, labels)."""
+    import onnx_ir as ir
+
+    nothing = ir.tensor(np.empty((0, logits.shape[1]), logits.dtype.numpy()))
+    skipped = ir.node("Constant", [], {"value": nothing})
+    skipped.outputs[0].type = logits.type
+    return {"then_branch": branch, "else_branch": ir.Graph([], skipped.outputs, nodes=[skipped], name="skipped")}
+
+
+def _uncertainty(tape, logits, criterion: str, temperature: float):
+    """The nodes of `cascade_hydravit.uncertainty`."""
+    import onnx_ir as ir
+
+    def constant(value: float | list[float]):
+        return op("Constant", [], {"value_floats" if isinstance(value, list) else "value_float": value})
+
+    op, limits = tape.op, torch.finfo(torch.float32)
+    last = op("Constant", [], {"value_ints": [-1]})
+    scaled = op("Div", [op("Cast", [logits], {"to": ir.DataType.FLOAT}), constant(temperature)])
+    probabilities = op("Softmax", [scaled])
+    if criterion == "entropy":  # 0 where a probability is 0
+        terms = op("Mul", [probabilities, op("Log", [op("Max", [probabilities, constant(limits.tiny)])])])
+        uncertain = op("Neg", [op("ReduceSum", [terms, last], {"keepdims": 0})])
+    else:
+        two = op("Constant", [], {"value_ints": [2]})
+        largest, _ = tape.op_multi_out("TopK", [probabilities, two], num_outputs=2)
+        terms = op("Mul", [largest, constant([1.0, -1.0 if criterion == "margin" else 0.0])])
+        uncertain = op("Sub", [constant(1.0), op("ReduceSum", [terms, last], {"keepdims": 0})])
+    number = op("Where", [op("IsNaN", [uncertain]), constant(limits.max), uncertain])
+    return op("Max", [number, constant(0.0)])
 
 
 def _save_with_shared_weights(programs: dict, metadata: dict[int, dict], folder: Path):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 from functools import partial
 
 import numpy as np
@@ -10,7 +11,10 @@ import torch
 from PIL import Image
 
 from hydravit_hf import HydraViTModel, export
-from hydravit_hf.export import export_subnetwork, export_subnetworks
+from hydravit_hf.cascade import save_cascade
+from hydravit_hf.cascade_hydravit import uncertainty
+from hydravit_hf.configuration_hydravit import CRITERIA
+from hydravit_hf.export import export_cascade, export_subnetwork, export_subnetworks
 from hydravit_hf.image_processing import make_image_processor
 
 HEADS = range(1, 7)
@@ -56,6 +60,11 @@ def onnxruntime():
 @pytest.fixture
 def images():
     return torch.randn(max(BATCHES), 3, 16, 16)
+
+
+@pytest.fixture
+def many():
+    return torch.randn(40, 3, 16, 16)
 
 
 def installed(package: str):
@@ -137,7 +146,11 @@ def test_graphs_are_valid_onnx(model, tmp_path, onnxruntime):
     export_subnetwork(model, 2, "onnx", tmp_path / "one.onnx")
     export_subnetworks(model, [2, 6], tmp_path / "all.onnx")
     folder = export_subnetworks(model, [2, 6], tmp_path / "all")
-    for path in (tmp_path / "one.onnx", tmp_path / "all.onnx", folder / "2_heads.onnx", folder / "6_heads.onnx"):
+    paths = [tmp_path / "one.onnx", tmp_path / "all.onnx", folder / "2_heads.onnx", folder / "6_heads.onnx"]
+    for criterion in CRITERIA:
+        paths.append(tmp_path / f"{criterion}.onnx")
+        export_cascade(model, paths[-1], cascade={"num_heads": [2, 6], "thresholds": 0.5, "criterion": criterion})
+    for path in paths:
         check_model(path, full_check=True)
 
 
@@ -328,3 +341,192 @@ def test_a_failure_leaves_no_half_of_a_folder(model, tmp_path, monkeypatch, onnx
     monkeypatch.undo()
     (tmp_path / "onnx").mkdir()
     assert export_subnetworks(model, [2, 6], tmp_path / "onnx").is_dir()  # an empty folder is as good as none
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cascades
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def a_cascade(model, images, heads, criterion="entropy", temperatures=None, share=0.5) -> dict:
+    """Settings with thresholds halfway between the uncertainties of two images: at each, a share of all goes on."""
+    temperatures, thresholds = temperatures or [1.0] * len(heads), []
+    for num_heads, temperature in list(zip(heads, temperatures, strict=True))[:-1]:
+        logits = torch.from_numpy(eager(model, images, num_heads))
+        ranked = uncertainty(logits, criterion, temperature).sort().values
+        stop = round((1 - share) * len(ranked))
+        thresholds.append(ranked[stop - 1 : stop + 1].double().mean().item())
+    return {"num_heads": heads, "thresholds": thresholds, "criterion": criterion, "temperatures": temperatures}
+
+
+def assert_same_cascade(path, model, images, cascade, batch_sizes=(0, 1, 7, 40), atol=1e-5) -> list[int]:
+    """That the file gives what the model gives; the widths that it took for the last batch."""
+    session = pytest.importorskip("onnxruntime").InferenceSession(path)
+    for batch_size in batch_sizes:
+        batch = images[:batch_size]
+        expected = model.cascade(batch, *cascade.values())
+        logits, num_heads, macs = session.run(["logits", "num_heads", "macs"], {"pixel_values": batch.numpy()})
+        np.testing.assert_allclose(logits, expected.logits.numpy(), rtol=0, atol=atol)
+        for found, of_model in ((num_heads, expected.num_heads), (macs, expected.macs)):
+            assert found.dtype == np.int64 and found.tolist() == of_model.tolist()
+    return num_heads.tolist()
+
+
+@pytest.mark.parametrize("separate_classifiers", [False, True])
+@pytest.mark.parametrize("temperatures", [None, [0.2, 3.0, 1.0]])
+@pytest.mark.parametrize("heads", [[1, 6], [1, 3, 6], [2, 3]])
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_cascade_in_onnx_runtime_gives_what_the_model_gives(
+    make_model, many, tmp_path, onnxruntime, criterion, heads, temperatures, separate_classifiers
+):
+    model = make_model(separate_classifiers=separate_classifiers)
+    cascade = a_cascade(model, many, heads, criterion, temperatures and temperatures[: len(heads)])
+    path = export_cascade(model, tmp_path / "model.onnx", cascade=cascade)
+    assert set(assert_same_cascade(path, model, many, cascade)) == set(heads)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize(
+    ("heads", "thresholds", "taken"),
+    [
+        ([1, 3, 6], [0, 0], 6),
+        ([1, 3, 6], [math.inf, 0], 1),
+        ([1, 3, 6], [0, math.inf], 3),
+        ([1, 6], [1e39], 1),  # which is infinity as a float32
+        ([3], [], 3),
+    ],
+)
+def test_an_exported_cascade_holds_to_thresholds_of_zero_and_infinity(
+    make_model, many, tmp_path, onnxruntime, heads, thresholds, taken, criterion
+):
+    model = make_model()
+    model.classifier.weight.data *= 100  # some predictions are as certain as floating point can tell
+    cascade = {"num_heads": heads, "thresholds": thresholds, "criterion": criterion}
+    path = export_cascade(model, tmp_path / "model.onnx", cascade=cascade)
+    assert set(assert_same_cascade(path, model, many, cascade, atol=1e-3)) == {taken}
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_an_exported_cascade_stops_at_certainty_and_goes_on_from_what_is_no_number(
+    make_model, many, tmp_path, onnxruntime, criterion
+):
+    model = make_model()
+    model.classifier.weight.data *= 1000
+    assert uncertainty(torch.from_numpy(eager(model, many, 1)), criterion).max() == 0
+    many[7, 0, 3, 3] = math.nan
+    for threshold, taken in ((1e-9, 6), (1e30, 6), (math.inf, 1)):
+        cascade = {"num_heads": [1, 6], "thresholds": [threshold], "criterion": criterion}
+        path = export_cascade(model, tmp_path / "model.onnx", cascade=cascade)
+        num_heads = assert_same_cascade(path, model, many, cascade, atol=1e-3)
+        assert num_heads == [taken if number == 7 else 1 for number in range(40)]
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")  # of torch's exporter
+def test_an_exported_cascade_in_half_precision_decides_in_single_precision(make_model, many, tmp_path, onnxruntime):
+    model, many = make_model().half(), many.half()
+    cascade = a_cascade(model, many, [1, 6], share=0.4)
+    path = export_cascade(model, tmp_path / "model.onnx", cascade=cascade)
+    assert sorted(assert_same_cascade(path, model, many, cascade, atol=1e-2)) == [1] * 24 + [6] * 16
+    (logits, *_) = onnxruntime.InferenceSession(path).get_outputs()
+    assert logits.type == "tensor(float16)"
+
+
+def test_an_exported_cascade_takes_the_space_of_its_widest(make_model, tmp_path, onnxruntime):
+    model = make_model(head_dim=64)
+    widest = export_subnetwork(model, 6, "onnx", tmp_path / "widest.onnx").stat().st_size
+    cascade = {"num_heads": [1, 3, 6], "thresholds": 0.5}
+    assert export_cascade(model, tmp_path / "model.onnx", cascade=cascade).stat().st_size <= 1.02 * widest
+
+
+def what_ran(onnxruntime, path, images) -> list[tuple[int, int]]:
+    """(images, heads) of each softmax of the attention, from a profile."""
+    options = onnxruntime.SessionOptions()
+    options.enable_profiling, options.profile_file_prefix = True, str(path.with_suffix(""))
+    session = onnxruntime.InferenceSession(path, options)
+    session.run(None, {"pixel_values": images.numpy()})
+    with open(session.end_profiling(), encoding="utf-8") as file:
+        nodes = [event["args"] for event in json.load(file) if event["cat"] == "Node"]
+    nodes = [node for node in nodes if node.get("op_name") == "Softmax"]
+    shapes = [shape for node in nodes for shape in node["output_type_shape"][0].values()]
+    return [tuple(shape[:2]) for shape in shapes if len(shape) == 4]
+
+
+def test_onnx_runtime_skips_the_widths_that_no_image_needs(make_model, many, tmp_path, onnxruntime):
+    model, path = make_model(), tmp_path / "model.onnx"
+    cascade = a_cascade(model, many, [1, 3, 6], share=0.25)
+    export_cascade(model, path, cascade=cascade)
+    third = (model.cascade(many, *cascade.values()).num_heads == 6).sum().item()
+    assert 0 < third < 10
+    assert what_ran(onnxruntime, path, many) == [(40, 1), (10, 3), (third, 6)]
+    export_cascade(model, path, cascade=cascade | {"thresholds": [cascade["thresholds"][0], math.inf]})
+    assert what_ran(onnxruntime, path, many) == [(40, 1), (10, 3)]
+    export_cascade(model, path, cascade=cascade | {"thresholds": math.inf})
+    assert what_ran(onnxruntime, path, many) == [(40, 1)]
+    assert what_ran(onnxruntime, path, many[:0]) == []
+
+
+def test_the_saved_cascade_is_exported_with_its_settings_as_metadata(make_model, many, tmp_path, onnxruntime):
+    model = make_model(cascade={"num_heads": [1, 3, 6], "thresholds": [0.7, math.inf], "criterion": "margin"})
+    processor = make_image_processor(model.config)
+    path = export_cascade(model, tmp_path / "model.onnx", processor)
+    assert_same_cascade(path, model, many, model.config.cascade)
+    metadata = read_metadata(path, "onnx")
+    assert metadata.keys() == {"cascade", "image_size", "id2label", "image_processor"}
+    in_config = json.loads(model.config.to_json_string())["cascade"]
+    assert metadata["cascade"] == in_config and in_config["thresholds"] == [0.7, {"__float__": "Infinity"}]
+    assert metadata["image_size"] == [16, 16] and metadata["image_processor"]["size"] == processor.to_dict()["size"]
+    export_cascade(model, path, cascade={"num_heads": [2, 3], "thresholds": 1})
+    expected = {"num_heads": [2, 3], "thresholds": [1.0], "criterion": "entropy", "temperatures": [1.0, 1.0]}
+    assert read_metadata(path, "onnx")["cascade"] == expected
+    assert model.config.cascade["num_heads"] == [1, 3, 6]
+
+
+def test_token_recycling_is_exported_up_to_the_first_stage(make_model, many, tmp_path, onnxruntime, monkeypatch):
+    model = make_model(subnetwork_heads=[2, 4, 6], token_recycling=True)
+    cascade = {"num_heads": [2], "thresholds": []}
+    path = export_cascade(model, tmp_path / "model.onnx", cascade=cascade)
+    assert set(assert_same_cascade(path, model, many, cascade)) == {2}
+    monkeypatch.setattr("transformers.exporters.AutoHfExporter.from_config", None)  # no width is traced in vain
+    with pytest.raises(ValueError, match="can only be its first stage, 2"):
+        export_cascade(model, path, cascade={"num_heads": [2, 6], "thresholds": 0.5})
+    assert set(assert_same_cascade(path, model, many, cascade)) == {2}
+
+
+def test_mistakes_in_a_cascade_to_export_are_named(make_model, tmp_path, onnxruntime):
+    model, cascade = make_model(), {"num_heads": [2, 6], "thresholds": 0.5}
+    with pytest.raises(ValueError, match="has no `cascade`"):
+        export_cascade(model, tmp_path / "model.onnx")
+    for wrong, message in (
+        ({"num_heads": [6, 2]}, "integers from 1 to 6"),
+        ({"thresholds": -1}, "numbers from 0 to infinity"),
+        ({"criterion": "luck"}, "must be one of entropy, margin, probability"),
+        ({"temperatures": [1.0]}, "must be 2 positive numbers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export_cascade(model, tmp_path / "model.onnx", cascade=cascade | wrong)
+    with pytest.raises(ValueError, match=r"must end with '\.onnx'"):
+        export_cascade(model, tmp_path / "model", cascade=cascade)
+    with pytest.raises(ValueError, match="is a classifier"):
+        export_cascade(HydraViTModel(model.config), tmp_path / "model.onnx", cascade=cascade)
+    for labels in ({"num_labels": 1}, {"problem_type": "multi_label_classification"}):
+        with pytest.raises(ValueError, match="one of several labels"):
+            export_cascade(make_model(**labels), tmp_path / "model.onnx", cascade=cascade)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_exports_the_saved_cascade(make_model, many, tmp_path, onnxruntime, hydravit):
+    model, folder, path = make_model(), tmp_path / "tiny", tmp_path / "model.onnx"
+    model.save_pretrained(folder)
+    make_image_processor(model.config).save_pretrained(folder)
+    code, _, err = hydravit("export", folder, path, "--cascade")
+    assert code == 1 and "has no `cascade`" in err and err.startswith("error: ") and err.count("\n") == 1
+    cascade = a_cascade(model, many, [1, 6])
+    save_cascade(folder, cascade)
+    for options, message in ((["--num-heads", 2], "not both"), (["--format", "openvino"], "for ONNX only")):
+        code, _, err = hydravit("export", folder, path, "--cascade", *options)
+        assert code == 1 and message in err and not path.exists()
+    code, out, err = hydravit("export", folder, path, "--cascade")
+    assert code == 0 and str(path) in out, err
+    assert set(assert_same_cascade(path, model, many, cascade)) == {1, 6}
+    assert "image_processor" in read_metadata(path, "onnx")
