@@ -2,6 +2,7 @@
 
     python examples/benchmark_cascade.py --batch_size 32 --shares 0.5 0.8
     python examples/benchmark_cascade.py --token_recycling
+    python examples/benchmark_cascade.py --onnx                    # the exported files, in ONNX Runtime
 
 For each share of images that stop early, the threshold is set so that they do, on random images and weights. Each round
 times, in alternating order, the cascade, and the narrow pass of all images with the wide pass of the rest; and the wide
@@ -10,14 +11,17 @@ pass of all. The ratio is the median over the rounds of the first two, both of o
 
 import argparse
 import statistics
+import tempfile
 import time
 from functools import partial
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from hydravit_hf import HydraViTConfig, HydraViTForImageClassification
 from hydravit_hf.cascade_hydravit import uncertainty
+from hydravit_hf.export import export_cascade, export_subnetwork
 
 
 def milliseconds(call, device: torch.device) -> float:
@@ -28,9 +32,35 @@ def milliseconds(call, device: torch.device) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def run_passes(encoder, images: torch.Tensor, narrow: int, rest: torch.Tensor, second: dict):
-    encoder(images, num_heads_active=narrow)
-    encoder(rest, **second)
+def in_torch(model, images: torch.Tensor, heads: list[int], threshold: float, rest: torch.Tensor, tokens) -> dict:
+    """What is timed: the cascade, its two passes, and the wide pass of all images."""
+    narrow, wide = heads
+    second = {"num_heads_active": wide} | ({} if tokens is None else {"recycled_tokens": tokens})
+    return {
+        "cascade": lambda: model.cascade(images, heads, threshold),
+        "passes": lambda: (model.hydravit(images, num_heads_active=narrow), model.hydravit(rest, **second)),
+        "wide": lambda: model.hydravit(images, num_heads_active=wide),
+    }
+
+
+def in_onnx_runtime(model, images: torch.Tensor, heads: list[int], threshold: float, rest: torch.Tensor) -> dict:
+    """The same of exported files."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ("cascade.onnx", "narrow.onnx", "wide.onnx")]
+        export_cascade(model, files[0], cascade={"num_heads": heads, "thresholds": threshold})
+        for num_heads, file in zip(heads, files[1:], strict=True):
+            export_subnetwork(model, num_heads, "onnx", file)
+        cascade, narrow, wide = (partial(onnxruntime.InferenceSession(file, options).run, None) for file in files)
+    everything, rest = ({"pixel_values": batch.numpy()} for batch in (images, rest))
+    return {
+        "cascade": lambda: cascade(everything),
+        "passes": lambda: (narrow(everything), wide(rest)),
+        "wide": lambda: wide(everything),
+    }
 
 
 @torch.inference_mode()
@@ -40,9 +70,12 @@ def main():
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.8], help="of the images that stop early")
     parser.add_argument("--batch_size", type=int, default=20)
     parser.add_argument("--token_recycling", action="store_true", help="of a model whose wide pass recycles tokens")
+    parser.add_argument("--onnx", action="store_true", help="export all and run it in ONNX Runtime")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    if args.onnx and (args.token_recycling or args.device != "cpu"):
+        parser.error("--onnx is for models without token recycling, on a CPU")
     device, (narrow, wide) = torch.device(args.device), args.heads
     torch.manual_seed(0)
     # 1. A model, images, and how uncertain it is about them at the narrow width
@@ -59,17 +92,15 @@ def main():
         # 2. The threshold between the images that stop and those that go on
         stop = round(share * args.batch_size)
         threshold = ranked[stop - 1 : stop + 1].mean().item()
-        rest, second = images[stop:].clone(), {"num_heads_active": wide}
-        if args.token_recycling:
-            second["recycled_tokens"] = encoded.last_hidden_state[stop:].clone()
+        rest = images[stop:].clone()
         if (found := (model.cascade(images, [narrow, wide], threshold).num_heads == narrow).sum().item()) != stop:
             raise RuntimeError(f"{found} images stop early, not {stop}.")
         # 3. The rounds, after one that warms up
-        calls = {
-            "cascade": partial(model.cascade, images, [narrow, wide], threshold),
-            "passes": partial(run_passes, model.hydravit, images, narrow, rest, second),
-            "wide": partial(model, images, num_heads_active=wide),
-        }
+        if args.onnx:
+            calls = in_onnx_runtime(model, images, args.heads, threshold, rest)
+        else:
+            tokens = encoded.last_hidden_state[stop:].clone() if args.token_recycling else None
+            calls = in_torch(model, images, args.heads, threshold, rest, tokens)
         times = {name: [] for name in calls}
         for turn in tqdm(range(-1, args.rounds), desc=f"{share:.0%} stop early", leave=False):
             for name in list(calls) if turn % 2 else reversed(calls):

@@ -692,9 +692,13 @@ def run_example(*arguments) -> list[str]:
     return [line for line in result.stdout.splitlines() if line.startswith("| ")]
 
 
-@pytest.mark.parametrize("recycling", [[], ["--token_recycling"]])
-def test_the_benchmark_prints_a_row_for_each_share(recycling):
-    lines = run_example("benchmark_cascade.py", "--heads", 1, 2, "--batch_size", 4, "--rounds", 1, *recycling)
+@pytest.mark.parametrize("option", [None, "--token_recycling", "--onnx"])
+def test_the_benchmark_prints_a_row_for_each_share(option):
+    if option == "--onnx":
+        for package in ("onnxruntime", "onnxscript"):
+            pytest.importorskip(package)
+    options = [option] if option else []
+    lines = run_example("benchmark_cascade.py", "--heads", 1, 2, "--batch_size", 4, "--rounds", 1, *options)
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| 50%", "| 80%"]
 
 
