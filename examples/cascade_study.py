@@ -52,23 +52,24 @@ TRAININGS = {  # arguments of the configuration, and the widths of a step
     "recycling": (RECYCLING, "weighted"),
     "recycling, equal compute": (RECYCLING, "weighted"),  # to that of "any width"; the others have equal steps
 }
-CASCADES = {  # how the model was trained, and the widths
-    "3, 6, 12": ("any width", STAGES),
-    "3, 6": ("any width", [3, 6]),
-    "3, 12": ("any width", [3, 12]),
-    "3, 6, 12, all trained each step": ("all stages", STAGES),
-    "3, 6, 12, recycling": ("recycling", STAGES),
-    "3, 6, 12, recycling, equal compute": ("recycling, equal compute", STAGES),
+CASCADES = {  # how the model was trained, the widths, and the training of the fixed widths that it is compared with
+    "3, 6, 12 heads": ("any width", STAGES, "any width"),
+    "3, 6 heads": ("any width", [3, 6], "any width"),
+    "3, 12 heads": ("any width", [3, 12], "any width"),
+    "3, 6, 12 heads, all stages": ("all stages", STAGES, "all stages"),
+    "3, 6, 12 heads, recycling": ("recycling", STAGES, "all stages"),
+    "3, 6, 12 heads, recycling, equal compute": ("recycling, equal compute", STAGES, "any width"),
 }
 BUDGETS = 10  # from 1.1 times the MACs of the narrowest to 0.97 times those of the widest
 TIMED_BATCH, ROUNDS = 250, 5
 OPTIONS = {"batch_size": 250, "disable_tqdm": True}
 STYLES = {  # what is plotted
-    "one width": {"color": "0.35", "marker": "s", "linestyle": "--"},
-    "3, 6, 12": {"color": "#4338ca", "marker": "o"},
-    "3, 12": {"color": "#d97706", "marker": "v"},
-    "3, 6, 12, all trained each step": {"color": "#0891b2", "marker": "^"},
-    "3, 6, 12, recycling": {"color": "#be185d", "marker": "D"},
+    "one width, any width": {"color": "0.35", "marker": "s", "linestyle": "--"},
+    "3, 6, 12 heads": {"color": "#4338ca", "marker": "o"},
+    "3, 12 heads": {"color": "#d97706", "marker": "v"},
+    "one width, all stages": {"color": "#0891b2", "marker": "s", "linestyle": "--"},
+    "3, 6, 12 heads, all stages": {"color": "#0891b2", "marker": "^"},
+    "3, 6, 12 heads, recycling": {"color": "#be185d", "marker": "D"},
 }
 
 
@@ -144,7 +145,7 @@ def measure(data: str, seed: int, folders: dict[str, Path]) -> list[dict]:
     # 1. Every width
     rows, cascades, calls = [], [], {}
     for training, model in models.items():
-        method = "one width" if training == "any width" else f"one width, {training}"
+        method = f"one width, {training}"
         for row in evaluate_subnetworks(model, test, **OPTIONS):
             num_heads = row["num_heads"]
             reached = {"accuracy": row["accuracy"], "macs": count_macs(model.config, num_heads)}
@@ -157,7 +158,7 @@ def measure(data: str, seed: int, folders: dict[str, Path]) -> list[dict]:
     goals = [{"max_macs": budget} for budget in np.geomspace(1.1 * narrowest, 0.97 * widest, BUDGETS)]
     goals += [{"max_accuracy_loss": loss} for loss in (0.0, 0.005, 0.01)]
     calls = {}
-    for (method, (training, heads)), goal in product(CASCADES.items(), goals):
+    for (method, (training, heads, _)), goal in product(CASCADES.items(), goals):
         model = models[training]
         settings = fit_cascade(model, validation, heads, **goal, **OPTIONS)["cascade"]
         found = evaluate_cascade(model, test, *settings.values(), **OPTIONS)
@@ -167,7 +168,7 @@ def measure(data: str, seed: int, folders: dict[str, Path]) -> list[dict]:
     ms = timed(calls, test)
     rows += [row | {"ms": ms[row["method"], *row["thresholds"]]} for row in cascades]
     # 3. Cascades for images that come one by one, fitted to a latency
-    for method, (training, heads) in CASCADES.items():
+    for method, (training, heads, _) in CASCADES.items():
         model = models[training]
         latencies = cascade_latencies(model, heads, disable_tqdm=True)
         goal = {"max_latency_ms": (2 * latencies[0] + latencies[-1]) / 3}
@@ -233,31 +234,43 @@ def gains(points: list[dict], widths: list[dict], over: str) -> list[float]:
 def report(rows: list[dict], path: Path):
     """Print the tables, and plot accuracy over MACs and over time."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
     figure = Figure(figsize=(10, 8), dpi=150, layout="constrained")
     for data, pair in zip(DATA, figure.subplots(2, 2), strict=True):
-        widths = curve(rows, data, "one width")
         print(f"\n{data}\n\n| | MACs | ms | accuracy | at equal MACs | at equal time |\n| --- |" + " ---: |" * 5)
         for method in dict.fromkeys(row["method"] for row in rows):
-            points = curve(rows, data, method)
-            above = [gains(points, widths, over) for over in ("macs", "ms")]
-            for row, *both in zip(points, *above, strict=True):
+            points, above = curve(rows, data, method), []
+            if method in CASCADES:
+                widths = curve(rows, data, f"one width, {CASCADES[method][2]}")
+                above = [gains(points, widths, over) for over in ("macs", "ms")]
+            for index, row in enumerate(points):
+                if index and row == points[index - 1]:
+                    continue  # a larger budget changed nothing
                 cells = [row["name"], f"{row['macs'] / 1e6:.2f} M", f"{row['ms']:.4f}", f"{row['accuracy']:.2%}"]
-                cells += ["", ""] if method == "one width" else [f"{gain:+.2f}" for gain in both]
+                cells += [f"{column[index]:+.2f}" for column in above] or ["", ""]
                 print("| " + " | ".join(cells) + " |")
             if method not in STYLES:
                 continue
             for axes, over, unit in zip(pair, ("macs", "ms"), (1e6, 1), strict=True):
-                label = method if method == "one width" else f"cascade of {method} heads"
+                label = f"cascade of {method}" if method in CASCADES else method.removesuffix(", any width")
                 x = [row[over] / unit for row in points]
                 axes.plot(x, [100 * row["accuracy"] for row in points], label=label, **STYLES[method])
         for axes, label in zip(pair, ("million MACs per image, mean", "ms of one core per image, mean"), strict=True):
             axes.set(xlabel=label, ylabel="accuracy, %", title=f"{data}: mean of the seeds")
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 4)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_locator(NullLocator())
             axes.grid(color="0.92")
             axes.set_axisbelow(True)
             axes.spines[["top", "right"]].set_visible(False)
         pair[0].legend(frameon=False, fontsize=9, loc="lower right")
     figure.savefig(path)
+    print("\nRecycling less the plain cascade of as many steps at equal MACs, in points\n")
+    for data in DATA:
+        plain, recycling = (curve(rows, data, f"3, 6, 12 heads, {name}") for name in ("all stages", "recycling"))
+        print(f"{data}: " + ", ".join(f"{gain:+.2f}" for gain in gains(recycling, plain, "macs")))
     print("\nGoals of the validation images on the held-out ones\n\n| | goal | mean | worst of the seeds |")
     print("| --- | --- | ---: | ---: |")
     for data, method, name in product(DATA, CASCADES, ("max_macs", "max_latency_ms", "max_accuracy_loss")):
@@ -265,12 +278,12 @@ def report(rows: list[dict], path: Path):
         if not chosen:
             continue
         if name == "max_accuracy_loss":
-            training = CASCADES[method][0]
-            alone = "one width" if training == "any width" else f"one width, {training}"
+            training, heads, _ = CASCADES[method]
+            alone = (data, f"one width, {training}", heads[-1])
             widest = {
                 row["seed"]: row["accuracy"]
                 for row in rows
-                if (row["data"], row["method"], row.get("num_heads")) == (data, alone, CASCADES[method][1][-1])
+                if (row["data"], row["method"], row.get("num_heads")) == alone
             }
             missed = [100 * (widest[row["seed"]] - row["accuracy"] - row["goal"][name]) for row in chosen]
             form = "{:+.2f} points of accuracy"

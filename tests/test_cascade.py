@@ -1,7 +1,9 @@
 """A cascade gives each image what its narrowest certain width gives, and really skips the wider ones."""
 
+import importlib
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -702,11 +704,33 @@ def test_the_benchmark_prints_a_row_for_each_share(option):
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| 50%", "| 80%"]
 
 
-def test_the_study_reports_cascades_above_the_widths_at_equal_macs(tmp_path):
+def test_the_tables_of_the_study_are_those_of_its_measurements(tmp_path):
     shutil.copy(EXAMPLES.parent / "docs" / "cascade_study.json", tmp_path)
     lines = run_example("cascade_study.py", "--report", "--output_dir", tmp_path)
-    cascades = [line.split(" | ") for line in lines if line.startswith("| cascade 3, 6, 12 ")]
-    assert len(cascades) == 20 and all(float(cells[4]) > 0 for cells in cascades)
-    assert sum(line.startswith("| 3 heads |") for line in lines) == 2
+    for method in ("3, 6, 12 heads", "3, 6, 12 heads, all stages"):
+        cascades = [line.split(" | ") for line in lines if line.startswith(f"| cascade {method} |")]
+        assert len(cascades) >= 10 and all(float(cells[4]) > 0 for cells in cascades)
     with Image.open(tmp_path / "cascade_study.png") as plot:
         assert plot.format == "PNG"
+    text = (EXAMPLES.parent / "docs" / "cascade.md").read_text(encoding="utf-8")
+    shown = [line for line in text.splitlines() if re.match(r"\| (cascade )?\d.* heads.* \| \d", line)]
+    assert len(shown) > 60 and set(shown) <= set(lines)
+
+
+def test_the_study_trains_what_it_says(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    study = importlib.import_module("cascade_study")
+    monkeypatch.setattr(study, "STEPS", {"digits": 3})
+    threads = torch.get_num_threads()
+    for training, (heads, recycling) in {
+        "any width": (list(range(3, 13)), False),
+        "all stages": ([3, 6, 12], False),
+        "recycling": ([3, 6, 12], True),
+        "recycling, equal compute": ([3, 6, 12], True),
+    }.items():
+        folder = study.train("digits", 0, training, tmp_path)
+        config = HydraViTConfig.from_pretrained(folder)
+        assert (config.subnetwork_heads, config.token_recycling) == (heads, recycling)
+    torch.set_num_threads(threads)
+    parts = study.split("digits", 0)
+    assert [len(part) for part in parts] == [1078, 359, 360]

@@ -65,9 +65,9 @@ def test_the_commands_install_extras_that_exist_and_run_files_that_exist():
     for command in commands:
         assert command.count("\n") == 1  # one line installs and runs
         assert set(re.search(r"\[(.*)\]", command)[1].split(",")) <= set(extras)
-    for folder, text in ((ROOT, README), (ROOT / "docs", TRAINING)):
-        for path in re.findall(r"\]\(((?!http|#)[^)]+)\)", text):
-            assert (folder / path).exists(), path
+    for file in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for path in re.findall(r"\]\(((?!http|#)[^)#]+)[^)]*\)", file.read_text(encoding="utf-8")):
+            assert (file.parent / path).exists(), path
 
 
 def test_the_lines_for_a_shell_run(trained, monkeypatch):
