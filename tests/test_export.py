@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hydravit_hf import HydraViTModel, export
+from hydravit_hf import HydraViTModel, export, onnx_graphs
 from hydravit_hf.cascade import save_cascade
 from hydravit_hf.cascade_hydravit import uncertainty
 from hydravit_hf.configuration_hydravit import CRITERIA
@@ -326,7 +326,7 @@ def test_a_failure_leaves_what_was_there(model, tmp_path, monkeypatch):
 
 
 def test_a_failure_leaves_no_half_of_a_folder(model, tmp_path, monkeypatch, onnxruntime):
-    save, calls = export._save_onnx, []
+    save, calls = onnx_graphs.save_onnx, []
 
     def fail_later(*args, **kwargs):
         calls.append(args)
@@ -334,7 +334,7 @@ def test_a_failure_leaves_no_half_of_a_folder(model, tmp_path, monkeypatch, onnx
             raise OSError("disk full")
         save(*args, **kwargs)
 
-    monkeypatch.setattr(export, "_save_onnx", fail_later)
+    monkeypatch.setattr(onnx_graphs, "save_onnx", fail_later)
     with pytest.raises(OSError, match="disk full"):
         export_subnetworks(model, [2, 6], tmp_path / "onnx")
     assert not list(tmp_path.iterdir())

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "hydravit_hf"
 LAYERS = [
     ["checkpoint_hydravit", "configuration_hydravit", "pipeline_hydravit"],
     ["cascade_hydravit"],
-    ["modeling_hydravit", "image_processing", "subnetwork_accuracy", "reporting"],
+    ["modeling_hydravit", "image_processing", "subnetwork_accuracy", "reporting", "onnx_graphs"],
     [
         "augmentation",
         "convert_checkpoint",
