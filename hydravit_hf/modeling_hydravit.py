@@ -63,6 +63,16 @@ from transformers.utils.output_capturing import capture_outputs
 from .cascade_hydravit import CascadeOutput, run_cascade
 from .checkpoint_hydravit import find_weights, move_checkpoint, read_header, saved_config
 from .configuration_hydravit import HydraViTConfig, as_pair, grid_of
+from .parameters_hydravit import (
+    SHARED_WITH_VIT,
+    assemble,
+    at_grid,
+    count_heads,
+    grow,
+    interpolate_positions,
+    leading_blocks,
+    vit_tensors,
+)
 from .pipeline_hydravit import TASK, HydraViTImageClassificationPipeline
 
 logger = logging.get_logger(__name__)
@@ -149,15 +159,6 @@ class HydraViTPatchEmbeddings(nn.Module):
         weight, bias = self.projection.weight[:width], self.projection.bias[:width]
         patches = nn.functional.conv2d(pixel_values, weight, bias, stride=self.patch_size)
         return patches.flatten(2).transpose(1, 2)
-
-
-def interpolate_positions(positions: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
-    """Position embeddings (1, N, D) of one grid of patches for another one, by bicubic interpolation (as DeiT does)."""
-    if new_grid == grid:
-        return positions
-    patches = positions[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2)
-    patches = nn.functional.interpolate(patches, size=new_grid, mode="bicubic", align_corners=False)
-    return torch.cat((positions[:, :1], patches.flatten(2).transpose(1, 2)), dim=1)
 
 
 class HydraViTEmbeddings(nn.Module):
@@ -388,16 +389,16 @@ class HydraViTPreTrainedModel(PreTrainedModel):
             saved = saved_config(pretrained_model_name_or_path, config, hub_kwargs) if paths else config
             if saved is not config and not kwargs.get("ignore_mismatched_sizes"):
                 _check_shapes(stored, saved)
-            held = _num_heads(stored, config)
+            held = count_heads(stored, config)
             resize = held is not None and (held, saved.patch_grid) != (config.num_attention_heads, config.patch_grid)
-            blocks = _leading_blocks(stored, saved.resized(config.num_attention_heads)) if resize else None
+            blocks = leading_blocks(stored, saved.resized(config.num_attention_heads)) if resize else None
         if not resize:
             return super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, config=config, **hub_kwargs, **kwargs
             )
-        blocks = _at_grid(blocks, saved.patch_grid, config.patch_grid)
+        blocks = at_grid(blocks, saved.patch_grid, config.patch_grid)
         if held < config.num_attention_heads:
-            blocks = _grow(cls(config, *model_args), blocks)
+            blocks = grow(cls(config, *model_args), blocks)
         loaded = super().from_pretrained(None, *model_args, config=config, state_dict=blocks, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with the loading info where that is asked for
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
@@ -444,7 +445,7 @@ class HydraViTPreTrainedModel(PreTrainedModel):
             ValueError: `num_heads` is not from 1 to the heads held.
         """
         config = self.config.resized(self.config.check_num_heads(num_heads))
-        return _assemble(type(self), config, _leading_blocks(self.state_dict(), config)).train(self.training)
+        return assemble(type(self), config, leading_blocks(self.state_dict(), config)).train(self.training)
 
     def to_vit(self, num_heads: int | None = None):
         """The subnetwork with the leading `num_heads` heads (None: the default width), as a stock
@@ -462,17 +463,17 @@ class HydraViTPreTrainedModel(PreTrainedModel):
                 f"{num_heads} heads of this model are the passes of {config.subnetwork_heads} heads, as it "
                 f"recycles tokens; a ViT is one pass, and so can only be its first stage, {config.subnetwork_heads[0]}."
             )
-        shared = {name: getattr(config, name) for name in _SHARED_WITH_VIT}
+        shared = {name: getattr(config, name) for name in SHARED_WITH_VIT}
         vit_config = ViTConfig(hidden_size=config.hidden_size, intermediate_size=config.intermediate_size, **shared)
         vit_config.dtype = self.dtype
-        blocks = _leading_blocks(self.state_dict(), config)
+        blocks = leading_blocks(self.state_dict(), config)
         if config.separate_classifiers:
             blocks |= {name: block[-1] for name, block in blocks.items() if name.startswith("classifier.")}
         blocks = {re.sub("^hydravit[.]", "vit.", name): block for name, block in blocks.items()}
         if self.base_model is self:
-            vit = _assemble(ViTModel, vit_config, blocks, add_pooling_layer=False)
+            vit = assemble(ViTModel, vit_config, blocks, add_pooling_layer=False)
         else:
-            vit = _assemble(ViTForImageClassification, vit_config, blocks)
+            vit = assemble(ViTForImageClassification, vit_config, blocks)
         return vit.train(self.training)
 
     @classmethod
@@ -504,7 +505,7 @@ class HydraViTPreTrainedModel(PreTrainedModel):
                 f"The ViT's intermediate_size={vit.config.intermediate_size} must be a multiple of its hidden_size="
                 f"{vit.config.hidden_size}, and that of its num_attention_heads={vit.config.num_attention_heads}."
             )
-        shared = {name: getattr(vit.config, name) for name in _SHARED_WITH_VIT if name != "num_attention_heads"}
+        shared = {name: getattr(vit.config, name) for name in SHARED_WITH_VIT if name != "num_attention_heads"}
         if "num_labels" in config_kwargs:
             shared = {name: value for name, value in shared.items() if name not in ("id2label", "label2id")}
         config = cls.config_class(
@@ -515,8 +516,8 @@ class HydraViTPreTrainedModel(PreTrainedModel):
         )
         grid = grid_of(vit.config.image_size, vit.config.patch_size)
         model = cls(config)
-        blocks = _leading_blocks(_vit_tensors(vit, config), config)
-        missing = model.load_state_dict(_grow(model, _at_grid(blocks, grid, config.patch_grid)), strict=False)[0]
+        blocks = leading_blocks(vit_tensors(vit, config), config)
+        missing = model.load_state_dict(grow(model, at_grid(blocks, grid, config.patch_grid)), strict=False)[0]
         if missing:
             logger.warning(f"The ViT has no {', '.join(missing)} that fits: newly initialized.")
         return model.to(vit.device, vit.dtype).train(vit.training)
@@ -746,143 +747,6 @@ class HydraViTForImageClassification(HydraViTPreTrainedModel):
             settings["temperatures"],
             interpolate_pos_encoding=interpolate_pos_encoding,
         )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Parameters by name: what belongs to a width, and where it lies in a file
-# ---------------------------------------------------------------------------------------------------------------------
-
-# Arguments that mean the same in `HydraViTConfig` and `ViTConfig`
-_SHARED_WITH_VIT = (
-    "num_attention_heads",
-    "num_hidden_layers",
-    "image_size",
-    "patch_size",
-    "num_channels",
-    "qkv_bias",
-    "hidden_act",
-    "layer_norm_eps",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "initializer_range",
-    "id2label",
-    "label2id",
-    "problem_type",
-)
-
-
-def _num_heads(stored: dict, config: HydraViTConfig) -> int | None:
-    """The heads that a checkpoint holds, by the shape of its class token; None where it has none."""
-    name = next((name for name in stored if re.fullmatch(r"(hydravit\.)?embeddings\.cls_token", name)), None)
-    if name is None:
-        return None
-    width = stored[name].shape[-1]
-    if width % config.head_dim:
-        raise ValueError(
-            f"The checkpoint is {width} channels wide, which is no multiple of head_dim={config.head_dim}."
-        )
-    return width // config.head_dim
-
-
-def _width_dims(name: str, ndim: int) -> tuple[int, ...]:
-    """The dimensions of a parameter that grow with the heads; the leading block is their leading part.
-
-    The others are labels, tokens, input channels and pixels of a patch. A classifier of one dimension more than usual
-    is the stack of `SeparateClassifiers`.
-    """
-    if name == "classifier.weight":
-        return (1,) if ndim == 2 else (0, 2)
-    if name == "classifier.bias":
-        return () if ndim == 1 else (0,)
-    name = name.removeprefix("hydravit.")
-    if name in ("embeddings.cls_token", "embeddings.position_embeddings"):
-        return (2,)
-    if name == "embeddings.patch_embeddings.projection.weight":
-        return (0,)
-    return tuple(range(ndim))
-
-
-def _leading_blocks(stored: dict, config: HydraViTConfig) -> dict[str, torch.Tensor]:
-    """The parts of a checkpoint that belong to the heads of `config` (all of it, where it has no more).
-
-    `stored` maps the parameters' names to tensors, or to anything with a `shape` that gives a tensor when sliced.
-    """
-    held = _num_heads(stored, config)
-    blocks = {}
-    for name, tensor in stored.items():
-        if ".recycling." in f".{name}" and not config.token_recycling:
-            continue
-        shape = list(tensor.shape)
-        for dim in _width_dims(name, len(shape)):
-            shape[dim] = min(shape[dim], shape[dim] * config.num_attention_heads // held)
-        if name.startswith("classifier.") and config.separate_classifiers:
-            shape[0] = min(tensor.shape[0], len(config.subnetwork_heads))
-        blocks[name] = tensor[tuple(slice(size) for size in shape)]
-    return blocks
-
-
-def _at_grid(blocks: dict, grid: tuple[int, int], new_grid: tuple[int, int]) -> dict[str, torch.Tensor]:
-    """The parameters with their position embeddings, where they are of `grid`, interpolated to another one."""
-    tokens = 1 + math.prod(grid)
-    return {
-        name: interpolate_positions(block, grid, new_grid)
-        if name.endswith("embeddings.position_embeddings") and block.shape[1] == tokens
-        else block
-        for name, block in blocks.items()
-    }
-
-
-def _grow(model: HydraViTPreTrainedModel, blocks: dict) -> dict[str, torch.Tensor]:
-    """The parameters of a newly initialised model that `blocks` has the leading block of, with that block filled in."""
-    held, heads = _num_heads(blocks, model.config), model.config.num_attention_heads
-    if held < heads:
-        logger.warning(
-            f"The checkpoint has {held} heads: heads {held + 1} to {heads} and all that belongs to them are newly "
-            f"initialized. Train the model before you run more than {held} heads."
-        )
-    prefix = f"{model.base_model_prefix}."
-    parameters = model.state_dict()
-    names = {name.removeprefix(prefix): name for name in parameters}
-    grown = {}
-    for stored_name, block in blocks.items():
-        name = names.get(stored_name.removeprefix(prefix), stored_name)
-        parameter = parameters.get(name, block)
-        width_dims = _width_dims(name, block.ndim)
-        if parameter.ndim == block.ndim and all(
-            old == new or (old < new and dim in width_dims)
-            for dim, (old, new) in enumerate(zip(block.shape, parameter.shape, strict=True))
-        ):
-            parameter[tuple(slice(size) for size in block.shape)].copy_(block)
-            grown[name] = parameter
-        else:
-            grown[name] = block  # other labels, other patches, fewer classifiers: what loads this says so
-    return grown
-
-
-def _assemble(model_class: type[PreTrainedModel], config: PreTrainedConfig, parameters: dict, **options):
-    """A model with copies of the given parameters, and none that is initialised first."""
-    with torch.device("meta"):
-        model = model_class(config, **options)
-    copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in parameters.items()}
-    model.load_state_dict(copies, assign=True)
-    return model
-
-
-def _vit_tensors(vit: ViTPreTrainedModel | DeiTPreTrainedModel, config: HydraViTConfig) -> dict:
-    """The parameters of a stock ViT or DeiT under the names that they have here."""
-    tensors = {f"hydravit.{name}": tensor for name, tensor in vit.base_model.state_dict().items()}
-    tensors = {name: tensor for name, tensor in tensors.items() if not re.search("pooler|mask_token", name)}
-    if tensors.pop("hydravit.embeddings.distillation_token", None) is not None:
-        logger.warning("HydraViT has no distillation token: that of the DeiT is left behind, and so its logits differ.")
-        positions = tensors["hydravit.embeddings.position_embeddings"]
-        tensors["hydravit.embeddings.position_embeddings"] = torch.cat((positions[:, :1], positions[:, 2:]), dim=1)
-    for name, tensor in vit.state_dict().items():
-        match = re.fullmatch("(?:cls_)?(classifier[.](?:weight|bias))", name)
-        if match and len(tensor) == config.num_labels:
-            if config.separate_classifiers:
-                tensor = tensor.expand(len(config.subnetwork_heads), *tensor.shape)
-            tensors[match[1]] = tensor
-    return tensors
 
 
 def _check_shapes(stored: dict, config: HydraViTConfig):

@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from .modeling_hydravit import HydraViTPreTrainedModel, _width_dims
+from .modeling_hydravit import HydraViTPreTrainedModel
+from .parameters_hydravit import width_dims
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -48,7 +49,7 @@ class PrefixAdamW(torch.optim.Optimizer):
                 if weight.grad is None:
                     continue
                 state, name = self.state[weight], self._names[weight]
-                is_stack = name.startswith("classifier.") and 0 in _width_dims(name, weight.ndim)
+                is_stack = name.startswith("classifier.") and 0 in width_dims(name, weight.ndim)
                 if not state:
                     state["step"] = torch.zeros(len(weight) if is_stack else 1, self.max_heads)  # updates of each head
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
@@ -61,7 +62,7 @@ class PrefixAdamW(torch.optim.Optimizer):
         return loss
 
     def _update(self, weight, gradient, mean, square, updates, name: str, group: dict):
-        dims = _width_dims(name, weight.ndim)
+        dims = width_dims(name, weight.ndim)
         sizes = [
             size * self.num_heads // self.max_heads if dim in dims else size for dim, size in enumerate(weight.shape)
         ]

@@ -82,6 +82,7 @@ def test_a_checkpoint_saved_from_any_of_them_loads_again_everywhere(any_model, f
             "configuration_hydravit.py",
             "pipeline_hydravit.py",
             "modeling_hydravit.py",
+            "parameters_hydravit.py",
         }
         for loaded in (
             CLASSIFIER.from_pretrained(again, num_attention_heads=2),
@@ -425,13 +426,13 @@ def test_the_row_reader_agrees_with_safetensors(tmp_path):
 def test_a_save_during_a_load_never_mixes_two_checkpoints(make_model, tmp_path, monkeypatch):
     old, new = make_model(), make_model()
     old.save_pretrained(tmp_path)
-    cut = modeling_hydravit._leading_blocks
+    cut = modeling_hydravit.leading_blocks
 
     def save_then_cut(stored, config):  # between the header and the data
         new.save_pretrained(tmp_path)
         return cut(stored, config)
 
-    monkeypatch.setattr(modeling_hydravit, "_leading_blocks", save_then_cut)
+    monkeypatch.setattr(modeling_hydravit, "leading_blocks", save_then_cut)
     loaded = CLASSIFIER.from_pretrained(tmp_path, num_attention_heads=3)
     monkeypatch.undo()
     for name, tensor in old.extract_subnetwork(3).state_dict().items():

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "hydravit_hf"
 # Each file imports from those above it only; files of one line don't import each other.
 LAYERS = [
     ["checkpoint_hydravit", "configuration_hydravit", "pipeline_hydravit"],
-    ["cascade_hydravit"],
+    ["cascade_hydravit", "parameters_hydravit"],
     ["modeling_hydravit", "image_processing", "subnetwork_accuracy", "reporting", "onnx_graphs"],
     [
         "augmentation",

@@ -115,5 +115,6 @@ def test_a_folder_loads_where_the_package_is_not_installed(
         "checkpoint_hydravit.py",
         "configuration_hydravit.py",
         "modeling_hydravit.py",
+        "parameters_hydravit.py",
         "pipeline_hydravit.py",
     }
