@@ -123,7 +123,7 @@ def train(data: str, seed: int, training: str, models: Path) -> Path:
         widths = sample_subnetworks(config, seed, step, sampling)
         for num_heads in widths:
             outputs = model(part.pixel_values[batch], num_heads_active=num_heads)
-            logits = outputs.logits if outputs.stage_logits is None else outputs.stage_logits
+            logits = outputs.get("stage_logits", outputs.logits)
             loss = classification_loss(logits, part.labels[batch], label_smoothing=LABEL_SMOOTHING)
             (loss / len(widths)).backward()
         optimizer.num_heads = widths[0]

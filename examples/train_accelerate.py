@@ -218,7 +218,7 @@ def backward(model, batch, step: int, seed: list[int], args, widths: SubnetworkA
     for num_heads in heads:
         with nullcontext() if num_heads == heads[-1] else accelerator.no_sync(model):
             outputs = model(pixel_values, num_heads_active=num_heads)
-            logits = outputs.logits if outputs.stage_logits is None else outputs.stage_logits
+            logits = outputs.get("stage_logits", outputs.logits)
             loss = classification_loss(
                 logits, targets, teacher_logits, widths.distillation_weight, args.label_smoothing
             )

@@ -1,7 +1,7 @@
 """Subnetworks for other runtimes: ONNX, torch.export, ExecuTorch and OpenVINO, by transformers' own exporters.
 
 The one idea: what is exported is the stock ViT that a subnetwork is, so that no runtime has to know what a HydraViT is.
-Several of them become one ONNX export in `onnx_graphs`.
+Several of them become one ONNX export in `onnx_graphs`. A width that recycles tokens is one graph with all its stages.
 """
 
 import json
@@ -145,8 +145,9 @@ def export_cascade(
     config.cascade = config.resolve_cascade(**cascade or {})
     check_chooses_one_label(config)
     heads = config.cascade["num_heads"]
-    # The widest first, as it is the one that can't be exported where tokens are recycled
-    programs = {num_heads: _export(model, num_heads, "onnx") for num_heads in reversed(heads)}
+    if config.token_recycling and len(heads) > 1:
+        raise ValueError("A cascade that recycles tokens can't be exported: a width leaves with all its stages.")
+    programs = {num_heads: _export(model, num_heads, "onnx") for num_heads in heads}
     program = as_cascade(programs, config.cascade, config.count_cascade_macs(heads))
     as_json = json.loads(config.to_json_string())["cascade"]  # infinity as transformers writes it
     with _staging(path) as staging:
@@ -179,15 +180,15 @@ def _export(model: HydraViTForImageClassification, num_heads: int, format: str, 
     """The subnetwork as a program of the format's own kind."""
     from transformers.exporters import AutoExportConfig, AutoHfExporter
 
-    vit = model.to_vit(num_heads).cpu().eval()
+    small = model.extract_subnetwork(num_heads) if model.config.token_recycling else model.to_vit(num_heads)
+    small, config = small.cpu().eval(), small.config
     if format == "onnx":  # written out, attention is a smaller and faster graph than torch's kernel taken apart
-        vit.set_attn_implementation("eager")
-    config = vit.config
-    images = torch.zeros(2, config.num_channels, *as_pair(config.image_size), dtype=vit.dtype)
+        small.set_attn_implementation("eager")
+    images = torch.zeros(2, config.num_channels, *as_pair(config.image_size), dtype=small.dtype)
     dynamic_shapes = {"pixel_values": {0: torch.export.Dim("batch", min=1, max=max_batch_size)}}
     options = AutoExportConfig.from_dict({"export_format": _FORMATS[format][0], "dynamic_shapes": dynamic_shapes})
     with redirect_stdout(sys.stderr):  # where the progress that torch prints belongs
-        program = AutoHfExporter.from_config(options).export(vit, {"pixel_values": images}, options).program
+        program = AutoHfExporter.from_config(options).export(small, {"pixel_values": images}, options).program
     return tidy(program) if format == "onnx" else program
 
 

@@ -657,13 +657,12 @@ class HydraViTBackbone(BackboneMixin, HydraViTModel):
 
 
 @dataclass
-class HydraViTImageClassifierOutput(ImageClassifierOutput):
-    """What a classifier gives.
+class HydraViTStagesOutput(ImageClassifierOutput):
+    """What a classifier that recycles tokens gives in `train()` mode.
 
     Args:
         loss, logits, hidden_states, attentions: As in `ImageClassifierOutput`.
-        stage_logits: In `train()` mode, where the pass had S stages (token recycling): those of all of them, the
-            narrowest first, (S, B, labels).
+        stage_logits: The logits of all S stages, the narrowest first, (S, B, labels).
     """
 
     stage_logits: torch.Tensor | None = None
@@ -692,7 +691,7 @@ class HydraViTForImageClassification(HydraViTPreTrainedModel):
         num_heads_active: int | None = None,
         interpolate_pos_encoding: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> HydraViTImageClassifierOutput:
+    ) -> ImageClassifierOutput:
         """Classify images with the leading heads. The arguments are those of `HydraViTModel.forward`, and:
 
         Args:
@@ -700,8 +699,8 @@ class HydraViTForImageClassification(HydraViTPreTrainedModel):
                 "multi_label_classification" and "regression", (B,) for the latter with one label. Gives a loss.
 
         Returns:
-            `loss` (scalar, or None without `labels`; in `train()` mode the mean of all stages), `logits` (B, labels),
-            `hidden_states`, `attentions`, `stage_logits`.
+            `loss` (scalar, or None without `labels`), `logits` (B, labels), `hidden_states`, `attentions`. In `train()`
+            mode with token recycling a `HydraViTStagesOutput`, whose loss is the mean of all stages.
         """
         tokens, stage_logits = None, []
         for stage in self.config.stages(self._resolve_num_heads(num_heads_active)):
@@ -718,13 +717,10 @@ class HydraViTForImageClassification(HydraViTPreTrainedModel):
         if labels is not None:
             losses = [self.loss_function(labels, logits, self.config, **kwargs) for logits in trained]
             loss = sum(losses) / len(losses)
-        return HydraViTImageClassifierOutput(
-            loss=loss,
-            logits=stage_logits[-1],
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            stage_logits=torch.stack(trained) if len(trained) > 1 else None,
+        output = ImageClassifierOutput(
+            loss=loss, logits=stage_logits[-1], hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
+        return output if len(trained) == 1 else HydraViTStagesOutput(**output, stage_logits=torch.stack(trained))
 
     def cascade(
         self,

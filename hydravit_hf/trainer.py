@@ -202,7 +202,7 @@ class HydraViTTrainer(Trainer):
         labels, num_widths = inputs.pop("labels"), inputs.pop("num_widths")
         outputs = model(**inputs)
         loss = classification_loss(
-            outputs.logits if outputs.stage_logits is None else outputs.stage_logits,
+            outputs.get("stage_logits", outputs.logits),
             labels,
             self._teacher_logits,
             self.args.distillation_weight,

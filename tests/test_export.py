@@ -20,6 +20,11 @@ from hydravit_hf.image_processing import make_image_processor
 HEADS = range(1, 7)
 BATCHES = (1, 2, 5)
 ATOL = 1e-4
+OPTIONS = {
+    "plain": {},
+    "separate classifiers": {"separate_classifiers": True},
+    "token recycling": {"token_recycling": True, "subnetwork_heads": [2, 4, 6]},
+}
 pytestmark = [  # what torch, onnxscript, torchao and ExecuTorch warn of among themselves
     pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -90,12 +95,10 @@ def total_size(folder) -> int:
     return sum(file.stat().st_size for file in folder.iterdir())
 
 
-@pytest.mark.parametrize("separate_classifiers", [False, True])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("num_heads", HEADS)
-def test_onnx_runtime_gives_the_logits_at_every_width(
-    make_model, images, tmp_path, onnxruntime, num_heads, separate_classifiers
-):
-    model = make_model(separate_classifiers=separate_classifiers)
+def test_onnx_runtime_gives_the_logits_at_every_width(make_model, images, tmp_path, onnxruntime, num_heads, options):
+    model = make_model(**options)
     path = export_subnetwork(model, num_heads, "onnx", tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(path)
     assert [(value.name, value.shape) for value in session.get_inputs()] == [("pixel_values", ["batch", 3, 16, 16])]
@@ -104,27 +107,25 @@ def test_onnx_runtime_gives_the_logits_at_every_width(
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
 
 
-@pytest.mark.parametrize("separate_classifiers", [False, True])
-def test_one_onnx_file_runs_every_width(make_model, images, tmp_path, onnxruntime, separate_classifiers):
-    model = make_model(separate_classifiers=separate_classifiers)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_one_onnx_file_runs_every_width(make_model, images, tmp_path, onnxruntime, options):
+    model = make_model(**options)
     path = export_subnetworks(model, None, tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(path)
-    assert json.loads(session.get_modelmeta().custom_metadata_map["heads"]) == list(HEADS)
-    for num_heads in HEADS:
+    assert json.loads(session.get_modelmeta().custom_metadata_map["heads"]) == model.config.subnetwork_heads
+    for num_heads in model.config.subnetwork_heads:
         run = onnx_runner(session, num_heads_active=np.array(num_heads))
         assert_same_logits(run, model, images, num_heads)
 
 
-@pytest.mark.parametrize("separate_classifiers", [False, True])
-def test_a_folder_of_onnx_graphs_shares_one_file_of_weights(
-    make_model, images, tmp_path, onnxruntime, separate_classifiers
-):
-    model = make_model(separate_classifiers=separate_classifiers)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_folder_of_onnx_graphs_shares_one_file_of_weights(make_model, images, tmp_path, onnxruntime, options):
+    model = make_model(**options)
     folder = export_subnetworks(model, None, tmp_path / "onnx")
-    names = {f"{num_heads}_heads.onnx" for num_heads in HEADS}
+    names = {f"{num_heads}_heads.onnx" for num_heads in model.config.subnetwork_heads}
     assert {file.name for file in folder.iterdir()} == {"weights.bin", *names}
     moved = folder.rename(tmp_path / "elsewhere")
-    for num_heads in HEADS:
+    for num_heads in model.config.subnetwork_heads:
         session = onnxruntime.InferenceSession(moved / f"{num_heads}_heads.onnx")
         assert json.loads(session.get_modelmeta().custom_metadata_map["num_heads"]) == num_heads
         assert_same_logits(onnx_runner(session), model, images, num_heads)
@@ -178,11 +179,14 @@ def test_several_widths_take_the_space_of_the_widest(make_model, tmp_path, onnxr
     widest = export_subnetwork(model, 6, "onnx", tmp_path / "widest.onnx").stat().st_size
     assert export_subnetworks(model, [1, 3, 6], tmp_path / "model.onnx").stat().st_size <= 1.05 * widest
     assert total_size(export_subnetworks(model, [1, 3, 6], tmp_path / "onnx")) <= 1.05 * widest
+    model = make_model(head_dim=64, token_recycling=True, subnetwork_heads=[1, 3, 6])
+    assert export_subnetwork(model, 6, "onnx", tmp_path / "stages.onnx").stat().st_size <= 1.1 * widest
+    assert total_size(export_subnetworks(model, None, tmp_path / "stages")) <= 1.15 * widest
 
 
-@pytest.mark.parametrize("separate_classifiers", [False, True])
-def test_torch_export_reloads(make_model, images, tmp_path, separate_classifiers):
-    model = make_model(separate_classifiers=separate_classifiers)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_torch_export_reloads(make_model, images, tmp_path, options):
+    model = make_model(**options)
     for num_heads in (2, 6):
         path = export_subnetwork(model, num_heads, "torch_export", tmp_path / "model.pt2")
         module = torch.export.load(path).module()
@@ -482,15 +486,11 @@ def test_the_saved_cascade_is_exported_with_its_settings_as_metadata(make_model,
     assert model.config.cascade["num_heads"] == [1, 3, 6]
 
 
-def test_token_recycling_is_exported_up_to_the_first_stage(make_model, many, tmp_path, onnxruntime, monkeypatch):
+def test_a_cascade_that_recycles_tokens_is_refused_before_any_width_is_traced(make_model, tmp_path, monkeypatch):
     model = make_model(subnetwork_heads=[2, 4, 6], token_recycling=True)
-    cascade = {"num_heads": [2], "thresholds": []}
-    path = export_cascade(model, tmp_path / "model.onnx", cascade=cascade)
-    assert set(assert_same_cascade(path, model, many, cascade)) == {2}
-    monkeypatch.setattr("transformers.exporters.AutoHfExporter.from_config", None)  # no width is traced in vain
-    with pytest.raises(ValueError, match="can only be its first stage, 2"):
-        export_cascade(model, path, cascade={"num_heads": [2, 6], "thresholds": 0.5})
-    assert set(assert_same_cascade(path, model, many, cascade)) == {2}
+    monkeypatch.setattr("transformers.exporters.AutoHfExporter.from_config", None)
+    with pytest.raises(ValueError, match="cascade that recycles tokens can't be exported"):
+        export_cascade(model, tmp_path / "model.onnx", cascade={"num_heads": [2, 6], "thresholds": 0.5})
 
 
 def test_mistakes_in_a_cascade_to_export_are_named(make_model, tmp_path, onnxruntime):
