@@ -5,7 +5,6 @@ The work is skipped, not masked: each pass is given a batch of only the images t
 between calls, so threads may share a model. This file travels with each saved checkpoint as remote code.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -68,9 +67,9 @@ def check_chooses_one_label(config):
 def run_cascade(
     model,
     pixel_values: torch.Tensor,
-    heads: list[int],
-    thresholds: float | list[float],
-    criterion: str = "entropy",
+    heads: list[int] | None = None,
+    thresholds: float | list[float] | None = None,
+    criterion: str | None = None,
     temperatures: list[float] | None = None,
     interpolate_pos_encoding: bool = False,
 ) -> CascadeOutput:
@@ -80,10 +79,10 @@ def run_cascade(
     Args:
         model: A HydraViTForImageClassification of one label an image.
         pixel_values: Images, (B, C, H, W).
-        heads: Head counts in increasing order.
+        heads: Head counts in increasing order; None: those of `config.cascade`, and so the rest where it is None.
         thresholds: An image goes on where its `uncertainty` is at least that of the step; one number for all steps,
             or a list. So 0 sends all images on, which gives exactly the widest, and infinity none, the narrowest.
-        criterion: Of `uncertainty`.
+        criterion: Of `uncertainty`; None: "entropy".
         temperatures: Of `uncertainty` at each of `heads`; None: 1. They decide who goes on; the logits stay as they
             are.
         interpolate_pos_encoding: As in the model's `forward`.
@@ -94,12 +93,12 @@ def run_cascade(
     config = model.config
     settings = config.resolve_cascade(heads, thresholds, criterion, temperatures)
     check_chooses_one_label(config)
-    heads = settings["num_heads"]
+    heads, criterion = settings["num_heads"], settings["criterion"]
     logits = pixel_values.new_empty((len(pixel_values), config.num_labels), dtype=model.dtype)
     images = torch.arange(len(pixel_values), device=pixel_values.device)  # that are still to be classified
     num_heads, macs = torch.zeros_like(images), torch.zeros_like(images)
     costs = config.count_cascade_macs(heads, tuple(pixel_values.shape[2:]))
-    steps = zip(heads, costs, [*settings["thresholds"], math.inf], settings["temperatures"], strict=True)
+    steps = zip(heads, costs, [*settings["thresholds"], None], settings["temperatures"], strict=True)
     given, tokens, reached = pixel_values, None, 0  # the images that go on, and the tokens that they recycle
     for count, cost, threshold, temperature in steps:
         if len(images) == 0:
@@ -112,7 +111,9 @@ def run_cascade(
         found, reached = model.classifier(outputs.pooler_output), count
         logits = found if len(images) == len(logits) else logits.index_copy_(0, images, found)
         num_heads[images], macs[images] = count, cost
-        going = uncertainty(found, criterion, temperature) >= threshold
+        if threshold is None:
+            break
+        going = (uncertainty(found, criterion, temperature) >= threshold).nonzero().flatten()
         images, given = images[going], given[going]
         tokens = None if tokens is None else tokens[going]
     return CascadeOutput(logits=logits, num_heads=num_heads, macs=macs)

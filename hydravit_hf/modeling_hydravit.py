@@ -733,16 +733,7 @@ class HydraViTForImageClassification(HydraViTPreTrainedModel):
     ) -> CascadeOutput:
         """Classify images with as many heads as each one needs: see `cascade_hydravit.run_cascade`. What is None is
         that of `config.cascade`."""
-        settings = self.config.resolve_cascade(num_heads, thresholds, criterion, temperatures)
-        return run_cascade(
-            self,
-            pixel_values,
-            settings["num_heads"],
-            settings["thresholds"],
-            settings["criterion"],
-            settings["temperatures"],
-            interpolate_pos_encoding=interpolate_pos_encoding,
-        )
+        return run_cascade(self, pixel_values, num_heads, thresholds, criterion, temperatures, interpolate_pos_encoding)
 
 
 def _check_shapes(stored: dict, config: HydraViTConfig):
