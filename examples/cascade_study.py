@@ -24,23 +24,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-from width_study import (
-    BATCH,
-    DATA,
-    EMA_DECAY,
-    HEADS,
-    LABEL_SMOOTHING,
-    MAX_GRAD_NORM,
-    WARMUP,
-    WEIGHT_DECAY,
-    load,
-    make_config,
-)
+from width_study import DATA, HEADS, load, make_config, optimise
 
 from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, count_macs, evaluate_subnetworks
 from hydravit_hf.cascade import cascade_latencies, evaluate_cascade, fit_cascade
-from hydravit_hf.optimization import PrefixAdamW
-from hydravit_hf.training import AveragedWeights, classification_loss, sample_subnetworks
+from hydravit_hf.training import sample_subnetworks
 
 STEPS = {"digits": 1_700, "mnist": 1_900}  # those of the width study at a quarter of the compute of ten models
 VALIDATION = 0.25
@@ -103,36 +91,14 @@ def train(data: str, seed: int, training: str, models: Path) -> Path:
     torch.manual_seed(seed)
     part, *_ = split(data, seed)
     arguments, sampling = TRAININGS[training]
-    config = make_config(data, HEADS)
-    learning_rate, steps, per_epoch = DATA[data][-1], STEPS[data], len(part) // BATCH
+    any_width, steps = make_config(data, HEADS), STEPS[data]
+    config = HydraViTConfig(**any_width.to_dict() | arguments)
     if training.endswith("equal compute"):
-        mean = sum(count_macs(config, num_heads) for num_heads in HEADS) / len(HEADS)
-        steps = round(steps * mean / count_macs(HydraViTConfig(**config.to_dict() | arguments), HEADS[-1]))
-    config = HydraViTConfig(**config.to_dict() | arguments)
+        mean = sum(count_macs(any_width, num_heads) for num_heads in HEADS) / len(HEADS)
+        steps = round(steps * mean / count_macs(config, HEADS[-1]))
     model = HydraViTForImageClassification(config).train()
-    optimizer = PrefixAdamW(model, learning_rate, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, total_steps=steps + 1, pct_start=WARMUP, cycle_momentum=False, div_factor=1e3
-    )
-    average = AveragedWeights(model, EMA_DECAY)
-    for step in range(steps):
-        epoch, position = divmod(step, per_epoch)
-        if position == 0:
-            order = torch.randperm(len(part), generator=torch.Generator().manual_seed(1_000 * seed + epoch))
-        batch = order[position * BATCH : (position + 1) * BATCH]
-        widths = sample_subnetworks(config, seed, step, sampling)
-        for num_heads in widths:
-            outputs = model(part.pixel_values[batch], num_heads_active=num_heads)
-            logits = outputs.get("stage_logits", outputs.logits)
-            loss = classification_loss(logits, part.labels[batch], label_smoothing=LABEL_SMOOTHING)
-            (loss / len(widths)).backward()
-        optimizer.num_heads = widths[0]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        average.update()
-    average.swap()
+    widths = [sample_subnetworks(config, seed, step, sampling) for step in range(steps)]
+    optimise(model, part.pixel_values, part.labels, widths, seed, DATA[data][-1], freeze=True)
     model.save_pretrained(folder)
     return folder
 

@@ -164,9 +164,8 @@ def make_model(args, labels: list[str]):
         model = HydraViTForImageClassification.from_pretrained(args.model_name_or_path, **options)
     else:
         config = HydraViTConfig(num_attention_heads=args.num_attention_heads, **sizes, **options)
-        if (
-            on_digits and args.subnetwork_weights is None and not args.token_recycling
-        ):  # the narrowest, a part of all others, more often
+        if on_digits and args.subnetwork_weights is None and not args.token_recycling:
+            # the narrowest, a part of all others, more often
             config.subnetwork_weights = [3.0] + [1.0] * (len(config.subnetwork_heads) - 1)
         model = HydraViTForImageClassification(config)
     source = args.from_vit or args.model_name_or_path

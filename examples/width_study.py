@@ -152,24 +152,47 @@ def train(
     if share is not None:
         ten = 3 * BATCH * sum(count_macs(config, num_heads) for num_heads in HEADS)
         length = int(np.searchsorted(costs, share * length * ten))
-    # 3. What moves it
+    # 3. The training
+    optimise(model, images, labels, steps[:length], seed, learning_rate, freeze, distillation)
+    # 4. What it is worth
+    model.eval()
+    accuracies = []
+    with torch.no_grad():
+        for num_heads in HEADS if len(heads) > 1 else heads:
+            scores = score(model(test_images, num_heads_active=num_heads).logits, test_labels)
+            accuracies.append(scores[:, 0].mean().item())
+    return {"accuracy": accuracies, "steps": length, "macs": int(costs[length - 1])}
+
+
+def optimise(
+    model: HydraViTForImageClassification,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    steps: list[list[int]],
+    seed: int,
+    learning_rate: float,
+    freeze: bool = False,
+    distillation: float = 0.0,
+):
+    """Train a model at the widths of each step, the widest first, by the recipe of all studies; it is left with the
+    averaged weights. The batches are the same for all models of a seed."""
     if freeze:
         optimizer = PrefixAdamW(model, learning_rate, weight_decay=WEIGHT_DECAY)
     else:
         optimizer = torch.optim.AdamW(parameter_groups(model, WEIGHT_DECAY), lr=learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, total_steps=length + 1, pct_start=WARMUP, cycle_momentum=False, div_factor=1e3
+        optimizer, learning_rate, total_steps=len(steps) + 1, pct_start=WARMUP, cycle_momentum=False, div_factor=1e3
     )
-    average = AveragedWeights(model, EMA_DECAY)
-    # 4. The steps: the same batches for all strategies
-    for number, widths in enumerate(steps[:length]):
+    average, per_epoch = AveragedWeights(model, EMA_DECAY), len(images) // BATCH
+    for number, widths in enumerate(steps):
         epoch, position = divmod(number, per_epoch)
         if position == 0:
             order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1_000 * seed + epoch))
         batch = order[position * BATCH : (position + 1) * BATCH]
         teacher = None
         for num_heads in widths:
-            logits = model(images[batch], num_heads_active=num_heads).logits
+            outputs = model(images[batch], num_heads_active=num_heads)
+            logits = outputs.get("stage_logits", outputs.logits)
             loss = classification_loss(logits, labels[batch], teacher, distillation, LABEL_SMOOTHING)
             (loss / len(widths)).backward()
             if distillation and teacher is None:
@@ -181,15 +204,7 @@ def train(
         optimizer.zero_grad()
         schedule.step()
         average.update()
-    # 5. What it is worth
     average.swap()
-    model.eval()
-    accuracies = []
-    with torch.no_grad():
-        for num_heads in HEADS if len(heads) > 1 else heads:
-            scores = score(model(test_images, num_heads_active=num_heads).logits, test_labels)
-            accuracies.append(scores[:, 0].mean().item())
-    return {"accuracy": accuracies, "steps": length, "macs": int(costs[length - 1])}
 
 
 def make_jobs(seeds: int) -> dict[str, dict]:
