@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -14,6 +15,19 @@ from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, cli
 
 HEADS = range(1, 7)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+WITHOUT_THE_PACKAGE = """
+import importlib.abc, sys
+
+class NoPackage(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] == "hydravit_hf":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, NoPackage())
+exec(compile(sys.argv.pop(1), "script", "exec"))
+assert not [name for name in sys.modules if name.partition(".")[0] == "hydravit_hf"]
+print("done")
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +59,25 @@ def model(make_model):
 @pytest.fixture
 def images():
     return torch.randn(3, 3, 16, 16)
+
+
+@pytest.fixture
+def many():
+    return torch.randn(40, 3, 16, 16)
+
+
+@pytest.fixture
+def run_without_the_package(tmp_path, monkeypatch):
+    """Runs a script in a process that can't import hydravit_hf, with arguments, to its end."""
+
+    def run(script: str, *arguments):
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+        command = [sys.executable, "-W", "error", "-c", WITHOUT_THE_PACKAGE, script, *map(str, arguments)]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert result.stdout == "done\n"
+
+    return run
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from thresholds import splitting
 
 from hydravit_hf import HydraViTModel, export, onnx_graphs
 from hydravit_hf.cascade import save_cascade
@@ -65,11 +66,6 @@ def onnxruntime():
 @pytest.fixture
 def images():
     return torch.randn(max(BATCHES), 3, 16, 16)
-
-
-@pytest.fixture
-def many():
-    return torch.randn(40, 3, 16, 16)
 
 
 def installed(package: str):
@@ -354,12 +350,8 @@ def test_a_failure_leaves_no_half_of_a_folder(model, tmp_path, monkeypatch, onnx
 
 def a_cascade(model, images, heads, criterion="entropy", temperatures=None, share=0.5) -> dict:
     """Settings with thresholds halfway between the uncertainties of two images: at each, a share of all goes on."""
-    temperatures, thresholds = temperatures or [1.0] * len(heads), []
-    for num_heads, temperature in list(zip(heads, temperatures, strict=True))[:-1]:
-        logits = torch.from_numpy(eager(model, images, num_heads))
-        ranked = uncertainty(logits, criterion, temperature).sort().values
-        stop = round((1 - share) * len(ranked))
-        thresholds.append(ranked[stop - 1 : stop + 1].double().mean().item())
+    temperatures = temperatures or [1.0] * len(heads)
+    thresholds = splitting(model, images, heads, criterion, temperatures, share)
     return {"num_heads": heads, "thresholds": thresholds, "criterion": criterion, "temperatures": temperatures}
 
 
