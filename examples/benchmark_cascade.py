@@ -13,7 +13,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from functools import partial
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -43,23 +43,30 @@ def in_torch(model, images: torch.Tensor, heads: list[int], threshold: float, re
     }
 
 
+@cache
+def width_in_onnx_runtime(model, num_heads: int):
+    """A session with the file of one width, exported once for all shares."""
+    from benchmark_export import open_session
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = export_subnetwork(model, num_heads, "onnx", Path(folder) / "width.onnx")
+        return open_session(file, torch.get_num_threads())
+
+
 def in_onnx_runtime(model, images: torch.Tensor, heads: list[int], threshold: float, rest: torch.Tensor) -> dict:
     """The same of exported files."""
-    import onnxruntime
+    from benchmark_export import open_session
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    narrow, wide = (width_in_onnx_runtime(model, num_heads) for num_heads in heads)
     with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / name for name in ("cascade.onnx", "narrow.onnx", "wide.onnx")]
-        export_cascade(model, files[0], cascade={"num_heads": heads, "thresholds": threshold})
-        for num_heads, file in zip(heads, files[1:], strict=True):
-            export_subnetwork(model, num_heads, "onnx", file)
-        cascade, narrow, wide = (partial(onnxruntime.InferenceSession(file, options).run, None) for file in files)
+        settings = {"num_heads": heads, "thresholds": threshold}
+        file = export_cascade(model, Path(folder) / "cascade.onnx", cascade=settings)
+        cascade = open_session(file, torch.get_num_threads())
     everything, rest = ({"pixel_values": batch.numpy()} for batch in (images, rest))
     return {
-        "cascade": lambda: cascade(everything),
-        "passes": lambda: (narrow(everything), wide(rest)),
-        "wide": lambda: wide(everything),
+        "cascade": lambda: cascade.run(None, everything),
+        "passes": lambda: (narrow.run(None, everything), wide.run(None, rest)),
+        "wide": lambda: wide.run(None, everything),
     }
 
 
