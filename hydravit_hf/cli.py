@@ -173,12 +173,11 @@ def cascade(
     if as_json:
         return _print_json(fitted)
     settings = fitted["cascade"]
-    for number, num_heads in enumerate(settings["num_heads"]):
-        goes_on = [
-            f", on from {criterion} {threshold:.4g}" for threshold in settings["thresholds"][number : number + 1]
-        ]
-        temperature, share = settings["temperatures"][number], fitted["shares"][number]
-        print(f"{num_heads} heads: answers {share:.1%}, temperature {temperature:.3f}{''.join(goes_on)}")
+    thresholds = [*settings["thresholds"], None]
+    steps = zip(settings["num_heads"], fitted["shares"], settings["temperatures"], thresholds, strict=True)
+    for num_heads, share, temperature, threshold in steps:
+        goes_on = "" if threshold is None else f", on from {criterion} {threshold:.4g}"
+        print(f"{num_heads} heads: answers {share:.1%}, temperature {temperature:.3f}{goes_on}")
     cost = f"{fitted['macs'] / 1e9:.4g} GMACs" + (f", {fitted['latency_ms']:.4g} ms" if "latency_ms" in fitted else "")
     print(f"Accuracy {fitted['accuracy']:.2%} at {cost} an image; the widest alone {fitted['widest_accuracy']:.2%}")
     print(f"\nOn the {fitted['images']} images of {data}, {split}, that it was fitted to")
