@@ -402,7 +402,9 @@ def main():
         print(f"Saved the checkpoint, its card README.md, results.json and accuracy_over_macs.png to {args.output_dir}")
         if args.push_to_hub:
             print(push_checkpoint(args.output_dir, repo_id).commit_url)
-    accelerator.wait_for_everyone()  # none leaves while gloo's threads are busy: torch can deadlock there
+    accelerator.wait_for_everyone()
+    del model  # DDP's hold on the process group: threads of gloo that outlive their group's end can abort at exit
+    accelerator.free_memory()
     accelerator.end_training()
 
 

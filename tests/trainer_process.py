@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
@@ -52,8 +53,12 @@ def main(output_dir: str, augment: bool = False, resume: bool = False, model: di
     if trainer.is_world_process_zero():
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         (Path(output_dir) / "figures.json").write_text(json.dumps({"losses": losses, "metrics": metrics}))
-    trainer.accelerator.wait_for_everyone()  # none leaves while gloo's threads are busy: torch can deadlock or abort
-    trainer.accelerator.end_training()  # and they are joined
+    accelerator, threads = trainer.accelerator, psutil.Process().num_threads()
+    accelerator.wait_for_everyone()
+    del trainer  # DDP's hold on the process group: threads of gloo that outlive their group's end can abort at exit
+    accelerator.free_memory()
+    accelerator.end_training()
+    assert world_size == 1 or psutil.Process().num_threads() <= threads - 2  # two that work, one that listens
 
 
 if __name__ == "__main__":
