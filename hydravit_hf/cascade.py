@@ -24,7 +24,7 @@ from .cascade_hydravit import uncertainty
 from .configuration_hydravit import HydraViTConfig, as_pair
 from .evaluation import SCORES, score
 from .modeling_hydravit import HydraViTForImageClassification
-from .profiling import _time_interleaved
+from .profiling import time_interleaved
 
 TOLERANCE = 1.05  # of a budget, which the mean over as many new images keeps with 95 % confidence
 CONFIDENCE = 1.645  # standard errors, one-sided
@@ -223,7 +223,7 @@ def cascade_latencies(
     model.eval()
     try:
         passes = {stage: partial(run, stage) for stage in range(len(heads))}
-        milliseconds = _time_interleaved(passes, rounds, 3, disable_tqdm)
+        milliseconds = time_interleaved(passes, rounds, 3, disable_tqdm)
     finally:
         model.train(was_training)
     return [statistics.median(milliseconds[stage]) for stage in passes]

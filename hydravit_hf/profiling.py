@@ -115,7 +115,7 @@ def profile_subnetworks(
     try:
         with torch.inference_mode():
             macs = {num_heads: _count_macs_of(model, images[:1], num_heads) for num_heads in passes}
-            milliseconds = _time_interleaved(passes, rounds, warmup, disable_tqdm)
+            milliseconds = time_interleaved(passes, rounds, warmup, disable_tqdm)
             allocated = _peak_allocations(passes, model.device)
     finally:
         model.train(was_training)
@@ -211,7 +211,7 @@ def _count_macs_of(model: HydraViTForImageClassification, images: torch.Tensor, 
     return counter.get_total_flops() // 2
 
 
-def _time_interleaved(passes: dict[int, Callable], rounds: int, warmup: int, disable_tqdm: bool) -> dict[int, list]:
+def time_interleaved(passes: dict[int, Callable], rounds: int, warmup: int, disable_tqdm: bool) -> dict[int, list]:
     """Milliseconds of each pass in every round."""
     timers = {num_heads: timeit.Timer(run) for num_heads, run in passes.items()}
     fastest = {num_heads: min(timer.repeat(warmup, number=1)) for num_heads, timer in timers.items()}

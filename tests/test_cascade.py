@@ -493,7 +493,7 @@ def test_latencies_are_those_of_an_image_that_stops_at_each_width(model, labelle
         return ran
 
     with monkeypatch.context() as patch:
-        patch.setattr(fitting, "_time_interleaved", heads_that_ran)
+        patch.setattr(fitting, "time_interleaved", heads_that_ran)
         assert cascade_latencies(model.train(), HEADS) == [1, 4, 10] and model.training
     measured = fit_cascade(model, labelled, [1, 6], max_latency_ms=1e6, **QUIET)
     assert 0 < measured["latency_ms"] < 1e6

@@ -478,7 +478,9 @@ def test_the_saved_cascade_is_exported_with_its_settings_as_metadata(make_model,
     assert model.config.cascade["num_heads"] == [1, 3, 6]
 
 
-def test_a_cascade_that_recycles_tokens_is_refused_before_any_width_is_traced(make_model, tmp_path, monkeypatch):
+def test_a_cascade_that_recycles_tokens_is_refused_before_any_width_is_traced(
+    make_model, tmp_path, monkeypatch, onnxruntime
+):
     model = make_model(subnetwork_heads=[2, 4, 6], token_recycling=True)
     monkeypatch.setattr("transformers.exporters.AutoHfExporter.from_config", None)
     with pytest.raises(ValueError, match="cascade that recycles tokens can't be exported"):

@@ -197,7 +197,7 @@ def test_every_round_times_each_width_once_in_an_order_of_its_own(monkeypatch):
 
     def orders() -> list[tuple]:
         ran.clear()
-        times = profiling._time_interleaved(passes, rounds=8, warmup=2, disable_tqdm=True)
+        times = profiling.time_interleaved(passes, rounds=8, warmup=2, disable_tqdm=True)
         assert {num_heads: len(values) for num_heads, values in times.items()} == dict.fromkeys(HEADS, 8)
         timed = ran[2 * len(HEADS) :]
         return [tuple(timed[start : start + len(HEADS)]) for start in range(0, len(timed), len(HEADS))]
@@ -216,14 +216,14 @@ def test_a_fast_pass_is_repeated_until_a_sample_takes_long_enough(monkeypatch):
 
     passes = {1: lambda: step(3e-4), 2: lambda: step(5e-3)}
     monkeypatch.setattr(timeit, "Timer", partial(timeit.Timer, timer=lambda: clock[0]))
-    times = profiling._time_interleaved(passes, rounds=4, warmup=3, disable_tqdm=True)
+    times = profiling.time_interleaved(passes, rounds=4, warmup=3, disable_tqdm=True)
     assert times == {1: pytest.approx([0.3] * 4), 2: pytest.approx([5.0] * 4)}
     assert ran.count(3e-4) == 3 + 4 * 7 and ran.count(5e-3) == 3 + 4
 
 
 def test_the_latency_is_the_median_of_the_rounds_and_p90_their_ninth_decile(model, monkeypatch):
     times = {1: [5.0, 1.0, 3.0, 2.0, 4.0], 6: [float(value) for value in range(11)]}
-    monkeypatch.setattr(profiling, "_time_interleaved", lambda *_: times)
+    monkeypatch.setattr(profiling, "time_interleaved", lambda *_: times)
     rows = profile_subnetworks(model, heads=[1, 6], batch_size=4)
     assert [row["latency_ms"] for row in rows] == [statistics.median(values) for values in times.values()] == [3, 5]
     assert [row["latency_p90_ms"] for row in rows] == pytest.approx([4.6, 9])
