@@ -20,8 +20,8 @@ import torch
 from tqdm import tqdm
 
 from hydravit_hf import HydraViTConfig, HydraViTForImageClassification
-from hydravit_hf.cascade_hydravit import uncertainty
 from hydravit_hf.export import export_cascade, export_subnetwork
+from hydravit_hf.model.cascade_hydravit import uncertainty
 
 
 def milliseconds(call, device: torch.device) -> float:

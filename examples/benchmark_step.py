@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from hydravit_hf import HydraViTConfig, HydraViTForImageClassification
-from hydravit_hf.optimization import PrefixAdamW, parameter_groups
+from hydravit_hf.training.optimizer import PrefixAdamW, parameter_groups
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--heads", type=int, nargs="+", default=[3, 6])

@@ -26,9 +26,9 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from width_study import DATA, HEADS, load, make_config, optimise
 
-from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, count_macs, evaluate_subnetworks
+from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, evaluate_subnetworks
 from hydravit_hf.cascade import cascade_latencies, evaluate_cascade, fit_cascade
-from hydravit_hf.training import sample_subnetworks
+from hydravit_hf.training.steps import sample_subnetworks
 
 STEPS = {"digits": 1_700, "mnist": 1_900}  # those of the width study at a quarter of the compute of ten models
 VALIDATION = 0.25
@@ -94,8 +94,8 @@ def train(data: str, seed: int, training: str, models: Path) -> Path:
     any_width, steps = make_config(data, HEADS), STEPS[data]
     config = HydraViTConfig(**any_width.to_dict() | arguments)
     if training.endswith("equal compute"):
-        mean = sum(count_macs(any_width, num_heads) for num_heads in HEADS) / len(HEADS)
-        steps = round(steps * mean / count_macs(config, HEADS[-1]))
+        mean = sum(any_width.count_macs(num_heads) for num_heads in HEADS) / len(HEADS)
+        steps = round(steps * mean / config.count_macs(HEADS[-1]))
     model = HydraViTForImageClassification(config).train()
     widths = [sample_subnetworks(config, seed, step, sampling) for step in range(steps)]
     optimise(model, part.pixel_values, part.labels, widths, seed, DATA[data][-1], freeze=True)
@@ -114,13 +114,13 @@ def measure(data: str, seed: int, folders: dict[str, Path]) -> list[dict]:
         method = f"one width, {training}"
         for row in evaluate_subnetworks(model, test, **OPTIONS):
             num_heads = row["num_heads"]
-            reached = {"accuracy": row["accuracy"], "macs": count_macs(model.config, num_heads)}
+            reached = {"accuracy": row["accuracy"], "macs": model.config.count_macs(num_heads)}
             rows.append(of_seed | {"method": method, "num_heads": num_heads} | reached)
             calls[method, num_heads] = partial(forward, model, num_heads)
     ms = timed(calls, test)
     rows = [row | {"ms": ms[row["method"], row["num_heads"]]} for row in rows]
     # 2. Cascades, fitted on the validation images
-    narrowest, widest = (count_macs(models["any width"].config, num_heads) for num_heads in (HEADS[0], HEADS[-1]))
+    narrowest, widest = (models["any width"].config.count_macs(num_heads) for num_heads in (HEADS[0], HEADS[-1]))
     goals = [{"max_macs": budget} for budget in np.geomspace(1.1 * narrowest, 0.97 * widest, BUDGETS)]
     goals += [{"max_accuracy_loss": loss} for loss in (0.0, 0.005, 0.01)]
     calls = {}

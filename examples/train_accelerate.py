@@ -31,30 +31,22 @@ from transformers import (
 from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file, logging
 
 from hydravit_hf import HydraViTConfig, HydraViTForImageClassification
-from hydravit_hf.augmentation import StreamedTrainingImages, TrainingAugmentation, TrainingImages
 from hydravit_hf.data import check_labels, load_images, to_pixel_values
 from hydravit_hf.evaluation import evaluate_subnetworks
 from hydravit_hf.hub import push_checkpoint
 from hydravit_hf.image_processing import make_image_processor
 from hydravit_hf.model_card import save_model_card
-from hydravit_hf.optimization import PrefixAdamW, parameter_groups
 from hydravit_hf.profiling import profile_subnetworks
 from hydravit_hf.reporting import format_table
-from hydravit_hf.training import (
-    AveragedWeights,
-    SubnetworkArguments,
-    check_loss,
-    checkpoint_step,
-    classification_loss,
-    list_checkpoints,
-    mix_images,
-    open_run,
-    save_checkpoint,
-)
+from hydravit_hf.training.augmentation import StreamedTrainingImages, TrainingAugmentation, TrainingImages, mix_images
+from hydravit_hf.training.averaging import AveragedWeights
+from hydravit_hf.training.optimizer import PrefixAdamW, parameter_groups
+from hydravit_hf.training.runs import checkpoint_step, list_checkpoints, open_run, save_checkpoint
+from hydravit_hf.training.steps import SubnetworkTrainingArguments, check_loss, classification_loss
 
 
 def parse_args():
-    parser = HfArgumentParser(SubnetworkArguments, description=__doc__.split("\n")[0])
+    parser = HfArgumentParser(SubnetworkTrainingArguments, description=__doc__.split("\n")[0])
     parser.add_argument("--config", help="a YAML file of arguments; those of the command line come before it")
     data = parser.add_argument_group("data (default: the handwritten digits of scikit-learn)")
     data.add_argument("--dataset_name", help="a dataset id of the Hub")
@@ -134,7 +126,9 @@ def parse_args():
         parser.error("--checkpointing_steps must be a number or 'epoch'")
     if args.streaming and (args.steps_per_epoch is None or (args.dataset_name is None and args.data_dir is None)):
         parser.error("--streaming needs --dataset_name or --data_dir, and --steps_per_epoch")
-    return args, SubnetworkArguments(**{name: getattr(args, name) for name in SubnetworkArguments.__dataclass_fields__})
+    return args, SubnetworkTrainingArguments(
+        **{name: getattr(args, name) for name in SubnetworkTrainingArguments.__dataclass_fields__}
+    )
 
 
 # What may differ between a run and its resumption
@@ -204,7 +198,7 @@ def make_datasets(args, data, processor, accelerator):
     return TrainingImages(train, view, args.seed), test.with_transform(transform)
 
 
-def backward(model, batch, step: int, seed: list[int], args, widths: SubnetworkArguments, accelerator):
+def backward(model, batch, step: int, seed: list[int], args, widths: SubnetworkTrainingArguments, accelerator):
     """The gradients of a batch at each width of the step, one after the other; gives the widths and the mean loss."""
     config = accelerator.unwrap_model(model).config
     pixel_values, targets = (batch[name].to(accelerator.device) for name in ("pixel_values", "labels"))

@@ -25,10 +25,10 @@ from tqdm.auto import tqdm
 from hydravit_hf import HydraViTConfig, HydraViTForImageClassification
 from hydravit_hf.data import load_digits, load_mnist
 from hydravit_hf.evaluation import score
-from hydravit_hf.modeling_hydravit import HydraViTMLP
-from hydravit_hf.optimization import PrefixAdamW, parameter_groups
-from hydravit_hf.profiling import count_macs
-from hydravit_hf.training import AveragedWeights, classification_loss, sample_subnetworks
+from hydravit_hf.model.modeling_hydravit import HydraViTMLP
+from hydravit_hf.training.averaging import AveragedWeights
+from hydravit_hf.training.optimizer import PrefixAdamW, parameter_groups
+from hydravit_hf.training.steps import classification_loss, sample_subnetworks
 
 HEADS = list(range(3, 13))
 SHARE = 0.25  # of the compute of ten models, at equal compute
@@ -90,11 +90,11 @@ class MatFormer(HydraViTForImageClassification):
 def count(config: HydraViTConfig, num_heads: int, matformer: bool = False) -> int:
     """Multiply-accumulates of an image."""
     if not matformer:
-        return count_macs(config, num_heads)
+        return config.count_macs(num_heads)
     full = config.num_attention_heads
     tokens = 1 + config.patch_grid[0] * config.patch_grid[1]
     unused = (1 - num_heads / full) * 2 * config.mlp_ratio * config.hidden_size**2
-    return count_macs(config, full) - round(config.num_hidden_layers * tokens * unused)
+    return config.count_macs(full) - round(config.num_hidden_layers * tokens * unused)
 
 
 def make_config(data: str, heads: list[int], weights: list[float] | None = None) -> HydraViTConfig:
@@ -150,7 +150,7 @@ def train(
     costs = np.cumsum([sum(macs[num_heads] for num_heads in widths) for widths in steps])
     length = epochs * per_epoch
     if share is not None:
-        ten = 3 * BATCH * sum(count_macs(config, num_heads) for num_heads in HEADS)
+        ten = 3 * BATCH * sum(config.count_macs(num_heads) for num_heads in HEADS)
         length = int(np.searchsorted(costs, share * length * ten))
     # 3. The training
     optimise(model, images, labels, steps[:length], seed, learning_rate, freeze, distillation)

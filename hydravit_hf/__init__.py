@@ -9,9 +9,9 @@ from importlib import import_module
 from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from .configuration_hydravit import HydraViTConfig
-from .modeling_hydravit import HydraViTBackbone, HydraViTForImageClassification, HydraViTModel
-from .pipeline_hydravit import TASK, HydraViTImageClassificationPipeline
+from .model.configuration_hydravit import HydraViTConfig
+from .model.modeling_hydravit import HydraViTBackbone, HydraViTForImageClassification, HydraViTModel
+from .model.pipeline_hydravit import TASK, HydraViTImageClassificationPipeline
 
 AutoConfig.register("hydravit", HydraViTConfig)
 AutoModel.register(HydraViTConfig, HydraViTModel)
@@ -21,12 +21,10 @@ PIPELINE_REGISTRY.register_pipeline(
     TASK, HydraViTImageClassificationPipeline, AutoModelForImageClassification, type="image"
 )
 
-# Functions and their files, imported when they are first used: some need the extras, and one file is also a command
-_FUNCTIONS = {
+# Public names and their files. A file is imported when its name is first used, because some need the extras.
+_LAZY_NAMES = {
     "choose_num_heads": "profiling",
     "convert_original_checkpoint": "convert_checkpoint",
-    "count_macs": "profiling",
-    "count_parameters": "profiling",
     "create_model_card": "model_card",
     "evaluate_cascade": "cascade",
     "evaluate_subnetworks": "evaluation",
@@ -37,9 +35,10 @@ _FUNCTIONS = {
     "make_image_processor": "image_processing",
     "profile_subnetworks": "profiling",
     "push_checkpoint": "hub",
-    "sample_subnetworks": "training",
-    "HydraViTTrainer": "trainer",
-    "HydraViTTrainingArguments": "trainer",
+    "sample_subnetworks": "training.steps",
+    "HydraViTTrainer": "training.trainer",
+    "HydraViTTrainingArguments": "training.trainer",
+    "ModelCardCallback": "model_card",
 }
 
 __all__ = [
@@ -48,11 +47,11 @@ __all__ = [
     "HydraViTForImageClassification",
     "HydraViTImageClassificationPipeline",
     "HydraViTModel",
-    *_FUNCTIONS,
+    *_LAZY_NAMES,
 ]
 
 
 def __getattr__(name: str):
-    if name not in _FUNCTIONS:
+    if name not in _LAZY_NAMES:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    return getattr(import_module(f".{_FUNCTIONS[name]}", __name__), name)
+    return getattr(import_module(f".{_LAZY_NAMES[name]}", __name__), name)

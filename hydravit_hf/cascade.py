@@ -15,15 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import default_data_collator
 from transformers.utils import CONFIG_NAME
 
-from .cascade_hydravit import uncertainty
-from .configuration_hydravit import HydraViTConfig, as_pair
-from .evaluation import SCORES, score
-from .modeling_hydravit import HydraViTForImageClassification
+from .evaluation import SCORES, evaluating, make_loader, score
+from .model.cascade_hydravit import uncertainty
+from .model.configuration_hydravit import HydraViTConfig, as_pair
+from .model.modeling_hydravit import HydraViTForImageClassification
 from .profiling import time_interleaved
 
 TOLERANCE = 1.05  # of a budget, which the mean over as many new images keeps with 95 % confidence
@@ -219,13 +217,9 @@ def cascade_latencies(
         thresholds = [0.0] * stage + [math.inf] * (len(heads) - 1 - stage)
         model.cascade(image, heads, thresholds, criterion).logits.cpu()  # which waits for a GPU
 
-    was_training = model.training
-    model.eval()
-    try:
-        passes = {stage: partial(run, stage) for stage in range(len(heads))}
+    passes = {stage: partial(run, stage) for stage in range(len(heads))}
+    with evaluating(model):
         milliseconds = time_interleaved(passes, rounds, 3, disable_tqdm)
-    finally:
-        model.train(was_training)
     return [statistics.median(milliseconds[stage]) for stage in passes]
 
 
@@ -236,17 +230,11 @@ def _default_heads(config: HydraViTConfig) -> list[int]:
 
 
 def _batches(model, dataset, batch_size: int, num_workers: int, disable_tqdm: bool) -> Iterator:
-    """Images and labels where the model is, which is in `eval()` mode until the last one."""
-    loader = dataset
-    if not isinstance(dataset, DataLoader):
-        loader = DataLoader(dataset, batch_size, collate_fn=default_data_collator, num_workers=num_workers)
-    was_training = model.training
-    model.eval()
-    try:
+    """Images and labels on the model's device. The model is in `eval()` mode until the last batch."""
+    loader = make_loader(dataset, batch_size, num_workers)
+    with evaluating(model):
         for batch in tqdm(loader, desc="Evaluating", disable=disable_tqdm, leave=False):
             yield batch["pixel_values"].to(model.device), batch["labels"].to(model.device)
-    finally:
-        model.train(was_training)
 
 
 @torch.no_grad()

@@ -76,11 +76,11 @@ def evaluate(
 ):
     """How good each width is: accuracy and loss on labelled images."""
     from .evaluation import evaluate_subnetworks
-    from .profiling import with_costs
+    from .profiling import add_costs
 
     loaded = _load(model, device)
     images = _load_images(model, loaded.config, data, split)
-    rows = with_costs(loaded.config, evaluate_subnetworks(loaded, images, heads, batch_size))
+    rows = add_costs(loaded.config, evaluate_subnetworks(loaded, images, heads, batch_size))
     if output is not None:
         output.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     if as_json:
@@ -112,7 +112,7 @@ def predict(
     from tqdm.auto import tqdm
     from transformers import AutoImageProcessor, pipeline
 
-    from .pipeline_hydravit import TASK
+    from .model.pipeline_hydravit import TASK
 
     classify = pipeline(TASK, _load(model, device), image_processor=AutoImageProcessor.from_pretrained(model))
     width = num_heads_active or None
@@ -195,7 +195,7 @@ def extract(
     """Save the first heads of a model as a model of their own, with the image processor."""
     from transformers import AutoImageProcessor
 
-    from .configuration_hydravit import HydraViTConfig
+    from .model.configuration_hydravit import HydraViTConfig
 
     _check_new(folder)
     with _naming(model):
@@ -307,7 +307,7 @@ def push(
 def _load(model: str, device: str | None = None, **kwargs):
     import torch
 
-    from .modeling_hydravit import HydraViTForImageClassification
+    from .model.modeling_hydravit import HydraViTForImageClassification
 
     with _naming(model):
         loaded = HydraViTForImageClassification.from_pretrained(model, **kwargs)
@@ -352,7 +352,9 @@ def _align_labels(images, label2id: dict):
 
 
 def _check_new(folder: Path):
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    from .folders import is_new_or_empty
+
+    if not is_new_or_empty(folder):
         raise ValueError(f"'{folder}' exists and is not an empty folder.")
 
 

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 
-from .configuration_hydravit import HydraViTConfig
+from .folders import is_new_or_empty
 from .image_processing import make_image_processor
-from .modeling_hydravit import HydraViTForImageClassification
+from .model.configuration_hydravit import HydraViTConfig
+from .model.modeling_hydravit import HydraViTForImageClassification
 
 HEAD_DIM = 64  # of every original model
 CROP_FRACTION = 0.9  # of the original's evaluation
@@ -131,7 +132,7 @@ def convert_and_save(path: str | Path, folder: str | Path, use_ema: bool = True)
         OSError, ValueError: As `convert_original_checkpoint`; or the folder exists and is not empty.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not is_new_or_empty(folder):
         raise ValueError(f"'{folder}' exists and is not an empty folder.")
     original, trained_with = read_original_checkpoint(path, use_ema)
     model = _convert(path, original, {})

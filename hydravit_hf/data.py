@@ -8,7 +8,7 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
 from PIL import Image as PILImage
 
-from .pipeline_hydravit import with_channels
+from .model.images_hydravit import with_channels
 
 HELD_OUT = 0.2  # of a data set that has no test split of its own
 

@@ -1,26 +1,37 @@
-"""How good every width is: one pass over the data, a row for each."""
+"""How good every width is: one pass over the data, a row for each width."""
+
+from contextlib import contextmanager
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import default_data_collator
 
-from .modeling_hydravit import HydraViTForImageClassification
+from .model.modeling_hydravit import HydraViTForImageClassification
 
 SCORES = ("accuracy", "top5_accuracy", "loss")
 
 
 def score(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The `SCORES` of each image, (B, 3): whether its label is the first, or among the first five, and its loss.
+    """Compute the `SCORES` of each image, (B, 3).
+
+    They are whether its label ranks first, whether it ranks among the first five, and its cross-entropy.
 
     Args:
-        logits: (B, labels).
-        labels: (B,).
+        logits: Logits, (B, labels).
+        labels: Labels, (B,).
+
+    Example:
+        >>> import torch
+        >>> from hydravit_hf.evaluation import score
+        >>> score(torch.tensor([[0.0, 100.0], [100.0, 0.0]]), torch.tensor([0, 0]))[0]
+        tensor([  0.,   1., 100.])
     """
     logits = logits.float()
     ranked = logits.topk(min(5, logits.shape[-1])).indices
     hits = ranked == labels[:, None]
-    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    losses = nn.functional.cross_entropy(logits, labels, reduction="none")
     return torch.stack((hits[:, 0], hits.any(-1), losses), dim=-1)
 
 
@@ -34,44 +45,67 @@ def evaluate_subnetworks(
     accelerator=None,
     disable_tqdm: bool = False,
 ) -> list[dict]:
-    """Evaluate widths of a single-label classifier.
+    """Evaluate a single-label classifier at several widths.
 
     Args:
-        model: The model; it is evaluated where it is, in `eval()` mode, and left in the mode that it had.
-        dataset: Of items `{"pixel_values": (C, H, W), "labels": int}`, or a `DataLoader` of batches of them.
-        heads: The head counts; None: `model.config.subnetwork_heads`.
-        batch_size, num_workers: Of the loader that is made of a dataset.
-        accelerator: An `accelerate.Accelerator`, to share the data among its processes.
-        disable_tqdm: Whether to show no progress bar.
+        model: The model. It stays on its device and in its mode; it is evaluated in `eval()` mode.
+        dataset: Items `{"pixel_values": (C, H, W), "labels": int}`, or a `DataLoader` of batches of them.
+        heads: Head counts to evaluate. None means `model.config.subnetwork_heads`.
+        batch_size, num_workers: Arguments of the loader, if `dataset` is not one.
+        accelerator: An `accelerate.Accelerator` that shares the data among its processes.
+        disable_tqdm: Whether to hide the progress bar.
 
     Returns:
-        For each width a row `{"num_heads", "accuracy", "top5_accuracy", "loss"}`: fractions of the images whose label
-        is the first, or among the first five, and the mean cross-entropy.
+        A row for each width, `{"num_heads", "accuracy", "top5_accuracy", "loss"}`. The accuracies are fractions of the
+        images whose label ranks first, or among the first five. The loss is the mean cross-entropy.
 
     Raises:
-        ValueError: No data, or a width that the model doesn't hold.
+        ValueError: There is no data, or the model does not hold a width.
+
+    Example:
+        >>> import torch
+        >>> from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, evaluate_subnetworks
+        >>> config = HydraViTConfig(num_hidden_layers=1, image_size=16, num_labels=2)
+        >>> data = [{"pixel_values": torch.zeros(3, 16, 16), "labels": 0}] * 4
+        >>> rows = evaluate_subnetworks(HydraViTForImageClassification(config), data, heads=[3, 12])
+        >>> [row["num_heads"] for row in rows], list(rows[0])
+        ([3, 12], ['num_heads', 'accuracy', 'top5_accuracy', 'loss'])
     """
+    from .metrics import SubnetworkMetric  # needs the package `evaluate`
+
     heads = [model.config.check_num_heads(num_heads) for num_heads in heads or model.config.subnetwork_heads]
-    loader = dataset
-    if not isinstance(dataset, DataLoader):
-        loader = DataLoader(dataset, batch_size, collate_fn=default_data_collator, num_workers=num_workers)
-    gather = lambda tensors: tensors  # noqa: E731
+    loader, gather = make_loader(dataset, batch_size, num_workers), lambda tensors: tensors
     if accelerator is not None:
         loader, gather = accelerator.prepare_data_loader(loader), accelerator.gather_for_metrics
-    images, totals = 0, {num_heads: torch.zeros(len(SCORES), dtype=torch.float64) for num_heads in heads}
+    metric, found_images = SubnetworkMetric(SCORES), False
+    with evaluating(model):
+        for batch in tqdm(loader, desc="Evaluating", disable=disable_tqdm, leave=False):
+            pixel_values, labels = batch["pixel_values"].to(model.device), batch["labels"].to(model.device)
+            for num_heads in dict.fromkeys(heads):
+                logits = model(pixel_values, num_heads_active=num_heads).logits
+                metric.add_scores(gather(score(logits, labels)).cpu(), num_heads)
+            found_images = True
+    if not found_images:
+        raise ValueError("There is nothing to evaluate on: the dataset is empty.")
+    means = metric.compute()
+    return [
+        {"num_heads": num_heads} | {name: means[f"{num_heads}_heads_{name}"] for name in SCORES} for num_heads in heads
+    ]
+
+
+def make_loader(dataset, batch_size: int, num_workers: int = 0) -> DataLoader:
+    """Turn a dataset into a loader of its items in their order. A `DataLoader` stays as it is."""
+    if isinstance(dataset, DataLoader):
+        return dataset
+    return DataLoader(dataset, batch_size, collate_fn=default_data_collator, num_workers=num_workers)
+
+
+@contextmanager
+def evaluating(model: nn.Module):
+    """Put a model into `eval()` mode within this context, and back into its former mode after it."""
     was_training = model.training
     model.eval()
     try:
-        for batch in tqdm(loader, desc="Evaluating", disable=disable_tqdm, leave=False):
-            pixel_values, labels = batch["pixel_values"].to(model.device), batch["labels"].to(model.device)
-            for num_heads in totals:
-                logits = model(pixel_values, num_heads_active=num_heads).logits
-                scores = gather(score(logits, labels))
-                totals[num_heads] += scores.double().sum(0).cpu()
-            images += len(scores)
+        yield model
     finally:
         model.train(was_training)
-    if images == 0:
-        raise ValueError("There is nothing to evaluate on: the dataset is empty.")
-    means = {num_heads: (total / images).tolist() for num_heads, total in totals.items()}
-    return [{"num_heads": num_heads, **dict(zip(SCORES, means[num_heads], strict=True))} for num_heads in heads]

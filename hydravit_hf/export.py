@@ -16,9 +16,10 @@ from pathlib import Path
 
 import torch
 
-from .cascade_hydravit import check_chooses_one_label
-from .configuration_hydravit import as_pair
-from .modeling_hydravit import HydraViTForImageClassification
+from .folders import is_new_or_empty
+from .model.cascade_hydravit import check_chooses_one_label
+from .model.configuration_hydravit import as_pair
+from .model.modeling_hydravit import HydraViTForImageClassification
 from .onnx_graphs import as_cascade, save_onnx, save_with_shared_weights, tidy, with_width_as_input
 
 EXECUTORCH_BATCH = 8
@@ -103,7 +104,7 @@ def export_subnetworks(
     if len(set(heads)) < len(heads):
         raise ValueError(f"`heads` must have each width once, not {heads}.")
     one_file = path.suffix == ".onnx"
-    if not one_file and path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if not one_file and not is_new_or_empty(path):
         raise ValueError(f"`path` must be a new or empty folder, or end with '.onnx': '{path}' exists.")
     programs = {num_heads: _export(model, num_heads, "onnx") for num_heads in heads}
     with _staging(path) as staging:

@@ -9,7 +9,7 @@ from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .configuration_hydravit import HydraViTConfig
+from .model.configuration_hydravit import HydraViTConfig
 
 # What training leaves beside a checkpoint: its states, files that are being written, its settings and logs
 LEFT_OUT = ["checkpoint-*", "_*", "run.json", "runs/*", "wandb/*", "*.tfevents.*", "*hparams.yml"]

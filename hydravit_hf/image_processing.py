@@ -3,7 +3,7 @@
 from transformers import ViTImageProcessorPil
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 
-from .configuration_hydravit import HydraViTConfig, as_pair
+from .model.configuration_hydravit import HydraViTConfig, as_pair
 
 
 def make_image_processor(

@@ -1,14 +1,19 @@
-"""The model card: what a checkpoint is, how good each of its widths is and what it costs, and how to load it."""
+"""The model card: how good each width of a checkpoint is, what it costs and how to load it."""
 
 import json
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import TrainerCallback
+from transformers.utils import logging
 
-from .configuration_hydravit import HydraViTConfig, as_pair
-from .modeling_hydravit import HydraViTForImageClassification
-from .profiling import with_costs
+from .evaluation import evaluate_subnetworks
+from .model.configuration_hydravit import HydraViTConfig, as_pair
+from .model.modeling_hydravit import HydraViTForImageClassification
+from .profiling import add_costs, profile_subnetworks
 from .reporting import format_table, plot_accuracy
+
+logger = logging.get_logger(__name__)
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
@@ -29,31 +34,38 @@ def create_model_card(
     license: str = "apache-2.0",
     base_model: str | None = None,
 ) -> ModelCard:
-    """A card for the Hub, with the accuracy of every width as `model-index` metadata.
+    """Make a card for the Hub, with the accuracy of every width as `model-index` metadata.
 
     Args:
         model: The model or its configuration.
-        results: A row for each width, of `evaluate_subnetworks` or the like: `num_heads` and `accuracy` (a fraction),
-            and whatever `format_table` knows, such as the columns of `profile_subnetworks`. `parameters` and `macs`
-            are counted where they are missing.
+        results: A row for each width, as `evaluate_subnetworks` gives them. A row has `num_heads` and `accuracy` (a
+            fraction), and may have all columns of `profile_subnetworks`. `parameters` and `macs` are counted if they
+            are missing.
         title: Name of the model.
-        model_id: What the code of the card loads: a Hub id or a folder; None: the title.
-        dataset_name, dataset_id, dataset_split: What the accuracy was measured on, as people call it and by its id.
-        results_note: A sentence above the table, such as who measured; None: one that names the data set.
-        results_source: Where the numbers are from, (name, URL), if they are not the model maker's own.
-        training: Training data and recipe, Markdown; None: no such section.
-        limits: Limits beyond those that every HydraViT has, Markdown.
-        plot: Name of the plot of `plot_accuracy`, a file beside the card; None: no plot.
+        model_id: Hub id or folder that the code on the card loads. None means the title.
+        dataset_name, dataset_id, dataset_split: Name, Hub id and split of the data that the accuracy was measured on.
+        results_note: Sentence above the table, such as who measured. None names the data.
+        results_source: Source of the numbers, (name, URL), if the model's maker did not measure them.
+        training: Training data and recipe, in Markdown. None leaves the section out.
+        limits: Limits beyond those that every HydraViT has, in Markdown.
+        plot: Name of the plot, a file beside the card. None leaves it out.
         license: Licence of the weights.
-        base_model: Hub id of the model that the training started from.
+        base_model: Hub id of the model that training started from.
 
     Raises:
-        ValueError: No results, rows without `num_heads` or `accuracy`, or widths that the model doesn't hold.
+        ValueError: There are no results, a row lacks `num_heads` or `accuracy`, or the model does not hold a width.
+
+    Example:
+        >>> from hydravit_hf import HydraViTConfig, create_model_card
+        >>> rows = [{"num_heads": 3, "accuracy": 0.7}, {"num_heads": 12, "accuracy": 0.8}]
+        >>> card = create_model_card(HydraViTConfig(), rows, "my-model", dataset_name="my images")
+        >>> card.data.eval_results[0].metric_value
+        0.7
     """
     config = _config_of(model)
     if not results or any(not {"num_heads", "accuracy"} <= row.keys() for row in results):
         raise ValueError("`results` must have a row for each width, each with `num_heads` and `accuracy`.")
-    results = with_costs(config, results)
+    results = add_costs(config, results)
     source_name, source_url = results_source or (None, None)
     metrics = [
         EvalResult(
@@ -108,15 +120,55 @@ def create_model_card(
 
 
 def save_model_card(folder: str | Path, model, results: list[dict], title: str, **kwargs) -> ModelCard:
-    """Write the card, `README.md`, with its plot, `accuracy_over_macs.png`, and `results.json` into a folder; the
-    arguments are those of `create_model_card`."""
+    """Write the card `README.md`, its plot `accuracy_over_macs.png` and `results.json` into a folder. The arguments are
+    those of `create_model_card`."""
     folder, plot = Path(folder), "accuracy_over_macs.png"
-    results = with_costs(_config_of(model), results)
+    results = add_costs(_config_of(model), results)
     card = create_model_card(model, results, title, plot=plot, **kwargs)
     plot_accuracy(results, folder / plot, kwargs.get("dataset_name", "held-out images"))
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     card.save(folder / "README.md")
     return card
+
+
+class ModelCardCallback(TrainerCallback):
+    """Evaluates every width when a `Trainer` ends training, and writes the model card into its `output_dir`.
+
+    `HydraViTTrainer` adds it by itself. For the stock `Trainer`, pass it in `callbacks`. A failure is logged and raises
+    nothing, so that it can't cost a finished training.
+
+    Args:
+        dataset: Held-out data for `evaluate_subnetworks`, or a function that returns them.
+        measure: Whether to measure latency and memory on this machine.
+        card: Further arguments of `create_model_card`. The title defaults to the name of the repository or folder.
+    """
+
+    def __init__(self, dataset, measure: bool = True, **card):
+        self.dataset, self.measure, self.card = dataset, measure, card
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        try:
+            self._write(args, state, model)
+        except Exception as error:
+            logger.warning(f"The model card was not written: {type(error).__name__}: {error}")
+
+    def _write(self, args, state, model):
+        from accelerate import Accelerator
+
+        accelerator = Accelerator()  # shares its state with the Trainer's
+        dataset = self.dataset() if callable(self.dataset) else self.dataset
+        options = {"batch_size": args.per_device_eval_batch_size, "num_workers": args.dataloader_num_workers}
+        rows = evaluate_subnetworks(model, dataset, accelerator=accelerator, disable_tqdm=args.disable_tqdm, **options)
+        if not state.is_world_process_zero:
+            return
+        if self.measure and accelerator.distributed_type in ("NO", "MULTI_CPU", "MULTI_GPU"):  # whole weights
+            heads = [row["num_heads"] for row in rows]
+            costs = profile_subnetworks(model, heads, rounds=10, disable_tqdm=args.disable_tqdm)
+            rows = [cost | row for cost, row in zip(costs, rows, strict=True)]
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        model_id = args.hub_model_id or folder.resolve().name
+        save_model_card(folder, model, rows, **{"title": model_id.rpartition("/")[2], "model_id": model_id} | self.card)
 
 
 def _config_of(model: HydraViTForImageClassification | HydraViTConfig) -> HydraViTConfig:
@@ -129,7 +181,7 @@ def _listed(heads: list[int]) -> str:
 
 
 def _machine(row: dict) -> str:
-    """What the columns of a profile mean, and where they were measured; empty where there are none."""
+    """A sentence on the columns of a profile and the machine. Empty without a profile."""
     if "device" not in row:
         return ""
     return (

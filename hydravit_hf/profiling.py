@@ -18,8 +18,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from .configuration_hydravit import HydraViTConfig, as_pair
-from .modeling_hydravit import HydraViTForImageClassification
+from .evaluation import evaluating
+from .model.configuration_hydravit import HydraViTConfig, as_pair
+from .model.modeling_hydravit import HydraViTForImageClassification
 
 # Budget of `choose_num_heads` -> key of a row, and the unit that it reads in with its size
 BUDGETS = {
@@ -31,30 +32,15 @@ BUDGETS = {
 SHORTEST_SAMPLE = 2e-3  # seconds; faster passes are timed several at a time
 
 
-def count_parameters(config: HydraViTConfig, num_heads: int) -> int:
-    """Parameters of the classifier with the leading `num_heads` heads: those of the extracted subnetwork, without the
-    classifiers that other widths have to themselves."""
-    width, ratio = config.check_num_heads(num_heads) * config.head_dim, config.mlp_ratio
-    tokens = 1 + math.prod(config.patch_grid)
-    embeddings = (config.num_channels * math.prod(as_pair(config.patch_size)) + 1) * width + (1 + tokens) * width
-    matrices = (4 + 2 * ratio) * width * width
-    biases = (3 * config.qkv_bias + 1 + ratio + 1) * width
-    layer = matrices + biases + 4 * width
-    recycling = (width + 1) * width if len(config.stages(num_heads)) > 1 else 0
-    return embeddings + config.num_hidden_layers * layer + 2 * width + recycling + config.num_labels * (width + 1)
-
-
-def count_macs(config: HydraViTConfig, num_heads: int) -> int:
-    """Multiply-accumulate operations of one image of `config.image_size` at `num_heads` heads: those of the matrix
-    products, as the paper counts them (4.60 G at 6 heads of the default model)."""
-    return config.count_macs(num_heads)
-
-
-def with_costs(config: HydraViTConfig, rows: list[dict]) -> list[dict]:
-    """Rows of widths with their `parameters` and `macs`, counted where a row has none."""
-    counts = [(count_parameters(config, row["num_heads"]), count_macs(config, row["num_heads"])) for row in rows]
+def add_costs(config: HydraViTConfig, rows: list[dict]) -> list[dict]:
+    """Add `parameters` and `macs`, in closed form, to rows that have a `num_heads` and lack them."""
     return [
-        {"parameters": parameters, "macs": macs} | row for (parameters, macs), row in zip(counts, rows, strict=True)
+        {
+            "parameters": config.count_parameters(row["num_heads"]),
+            "macs": config.count_macs(row["num_heads"]),
+        }
+        | row
+        for row in rows
     ]
 
 
@@ -110,18 +96,13 @@ def profile_subnetworks(
     shape = (batch_size, config.num_channels, *as_pair(config.image_size))
     images = torch.randn(shape, generator=generator, dtype=model.dtype, device=model.device)
     passes = {num_heads: partial(_forward, model, images, num_heads) for num_heads in heads}
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            macs = {num_heads: _count_macs_of(model, images[:1], num_heads) for num_heads in passes}
-            milliseconds = time_interleaved(passes, rounds, warmup, disable_tqdm)
-            allocated = _peak_allocations(passes, model.device)
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.inference_mode():
+        macs = {num_heads: _count_macs_of(model, images[:1], num_heads) for num_heads in passes}
+        milliseconds = time_interleaved(passes, rounds, warmup, disable_tqdm)
+        allocated = _peak_allocations(passes, model.device)
 
     def row(num_heads: int) -> dict:
-        parameters, latency = count_parameters(config, num_heads), statistics.median(milliseconds[num_heads])
+        parameters, latency = config.count_parameters(num_heads), statistics.median(milliseconds[num_heads])
         return {
             "num_heads": num_heads,
             "parameters": parameters,
@@ -191,7 +172,7 @@ def _classifier_config(model: HydraViTForImageClassification) -> HydraViTConfig:
 
 def _closed_form_rows(model: HydraViTForImageClassification) -> list[dict]:
     config = _classifier_config(model)
-    return with_costs(config, [{"num_heads": num_heads} for num_heads in config.subnetwork_heads])
+    return add_costs(config, [{"num_heads": num_heads} for num_heads in config.subnetwork_heads])
 
 
 def _in_units(amounts: dict[str, float]) -> str:

@@ -16,8 +16,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from hydravit_hf import HydraViTConfig, HydraViTForImageClassification
-from hydravit_hf.optimization import parameter_groups
-from hydravit_hf.training import AveragedWeights, classification_loss, sample_subnetworks
+from hydravit_hf.training.averaging import AveragedWeights
+from hydravit_hf.training.optimizer import parameter_groups
+from hydravit_hf.training.steps import classification_loss, sample_subnetworks
 
 STEPS, BATCH = 6, 8
 CONFIG = {"num_attention_heads": 4, "head_dim": 8, "num_hidden_layers": 2, "image_size": 8, "patch_size": 4}

@@ -15,7 +15,10 @@ from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
 from hydravit_hf import HydraViTConfig, augmentation
-from hydravit_hf.augmentation import (
+from hydravit_hf.data import load_digits
+from hydravit_hf.image_processing import make_image_processor
+from hydravit_hf.model.pipeline_hydravit import with_channels
+from hydravit_hf.training.augmentation import (
     CROP_ASPECT,
     OPERATIONS,
     RESAMPLING,
@@ -24,9 +27,6 @@ from hydravit_hf.augmentation import (
     TrainingImages,
     draw_rectangle,
 )
-from hydravit_hf.data import load_digits
-from hydravit_hf.image_processing import make_image_processor
-from hydravit_hf.pipeline_hydravit import with_channels
 
 OFF = {"crop_scale": (1.0, 1.0), "flip": 0.0, "rand_augment_magnitude": 0, "random_erasing": 0.0}
 # Newer Pythons warn of a fork beside threads, torch of a machine of one core

@@ -18,14 +18,14 @@ from thresholds import splitting
 from torch.utils.data import DataLoader
 from transformers import default_data_collator, pipeline
 
-from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, count_macs, evaluate_subnetworks
+from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, evaluate_subnetworks
 from hydravit_hf import cascade as fitting
 from hydravit_hf.cascade import cascade_latencies, evaluate_cascade, fit_cascade, fit_temperature, save_cascade
-from hydravit_hf.cascade_hydravit import run_cascade, uncertainty
-from hydravit_hf.configuration_hydravit import CRITERIA
 from hydravit_hf.data import load_digits
 from hydravit_hf.image_processing import make_image_processor
-from hydravit_hf.pipeline_hydravit import TASK
+from hydravit_hf.model.cascade_hydravit import run_cascade, uncertainty
+from hydravit_hf.model.configuration_hydravit import CRITERIA
+from hydravit_hf.model.pipeline_hydravit import TASK
 
 HEADS = [1, 3, 6]
 INFINITY = math.inf
@@ -48,7 +48,7 @@ def one_by_one(model, images, heads, thresholds, criterion="entropy", temperatur
         for stage, num_heads in enumerate(heads):
             with torch.no_grad():
                 logits = model(image[None], num_heads_active=num_heads).logits[0]
-            macs += count_macs(model.config, num_heads)
+            macs += model.config.count_macs(num_heads)
             temperature = temperatures[stage] if temperatures else 1.0
             if stage < len(thresholds) and by_hand(logits.numpy(), criterion, temperature) < thresholds[stage]:
                 break
@@ -89,10 +89,10 @@ def test_thresholds_of_zero_and_of_infinity_are_exactly_the_widest_and_the_narro
         narrow, wide = (model(many, num_heads_active=num_heads).logits for num_heads in (1, 6))
     outputs = model.cascade(many, HEADS, 0, criterion)
     assert torch.equal(outputs.logits, wide) and outputs.num_heads.tolist() == [6] * 40
-    assert outputs.macs.tolist() == [sum(count_macs(model.config, num_heads) for num_heads in HEADS)] * 40
+    assert outputs.macs.tolist() == [sum(model.config.count_macs(num_heads) for num_heads in HEADS)] * 40
     outputs = model.cascade(many, HEADS, INFINITY, criterion)
     assert torch.equal(outputs.logits, narrow) and outputs.num_heads.tolist() == [1] * 40
-    assert outputs.macs.tolist() == [count_macs(model.config, 1)] * 40
+    assert outputs.macs.tolist() == [model.config.count_macs(1)] * 40
     outputs = model.cascade(many, [3], [], criterion)
     assert torch.equal(outputs.logits, model(many, num_heads_active=3).logits)
 
@@ -163,8 +163,8 @@ def test_macs_are_those_of_the_images_that_came(model):
     images = torch.randn(2, 3, 24, 32)
     outputs = model.cascade(images, [1, 6], 0, interpolate_pos_encoding=True)
     larger = HydraViTConfig(**model.config.to_dict() | {"image_size": (24, 32)})
-    assert outputs.macs.tolist() == [count_macs(larger, 1) + count_macs(larger, 6)] * 2
-    assert count_macs(model.config, 1) != count_macs(larger, 1)
+    assert outputs.macs.tolist() == [larger.count_macs(1) + larger.count_macs(6)] * 2
+    assert model.config.count_macs(1) != larger.count_macs(1)
     with pytest.raises(ValueError, match="interpolate_pos_encoding"):
         model.cascade(images, [1, 6], 0)
 
@@ -384,7 +384,7 @@ def brute_force(model, dataset, heads, criterion="entropy"):
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_two_widths_are_fitted_as_well_as_can_be(model, labelled, criterion):
-    narrow, wide = (count_macs(model.config, num_heads) for num_heads in (2, 6))
+    narrow, wide = (model.config.count_macs(num_heads) for num_heads in (2, 6))
     cascades = list(brute_force(model, labelled, [2, 6], criterion))
     options = {"criterion": criterion, "calibrate": False, **QUIET}
     for share in (0.0, 0.3, 0.62, 1.0):
@@ -412,7 +412,7 @@ def likely_most(macs: float, narrow: float, wide: float, images: int) -> float:
 
 @pytest.mark.parametrize("heads", [[1, 6], [1, 3, 6], [1, 2, 4, 6], list(range(1, 7))])
 def test_what_was_fitted_is_what_running_it_gives(model, labelled, heads):
-    budget = 0.6 * sum(count_macs(model.config, num_heads) for num_heads in heads)
+    budget = 0.6 * sum(model.config.count_macs(num_heads) for num_heads in heads)
     fitted = fit_cascade(model, labelled, heads, max_macs=budget, **QUIET)
     assert fitted["cascade"]["num_heads"] == heads and fitted["macs"] <= budget and fitted["images"] == 40
     model.config.cascade = fitted["cascade"]
@@ -439,7 +439,7 @@ def test_cascades_that_stop_nowhere_and_everywhere_are_worth_what_the_widths_are
 
 def test_three_widths_are_no_worse_than_two_of_them(model, labelled):
     """The search is not exhaustive, but to run or to skip a step for all images is among what it tries."""
-    first, second, third = (count_macs(model.config, num_heads) for num_heads in HEADS)
+    first, second, third = (model.config.count_macs(num_heads) for num_heads in HEADS)
     for loss in (0.0, 0.1, 0.2):
         three = fit_cascade(model, labelled, HEADS, max_accuracy_loss=loss, **QUIET)
         two = fit_cascade(model, labelled, [1, 3], max_macs=first + second, **QUIET)
@@ -500,7 +500,7 @@ def test_latencies_are_those_of_an_image_that_stops_at_each_width(model, labelle
 
 
 def test_a_goal_that_cannot_be_met_says_what_can(model, labelled):
-    narrowest = count_macs(model.config, 2)
+    narrowest = model.config.count_macs(2)
     with pytest.raises(ValueError, match=r"the cheapest, 2 heads for all images, takes .* accuracy of .*%") as error:
         fit_cascade(model, labelled, [2, 6], max_macs=0.9 * narrowest, **QUIET)
     assert f"fits {0.9 * narrowest:.4g} MACs" in str(error.value) and f"takes {narrowest:.4g} MACs" in str(error.value)
@@ -563,7 +563,7 @@ def test_the_command_fits_saves_and_runs_a_cascade(hydravit, folder, tmp_path):
     image = tmp_path / "digit.png"
     load_digits()["test"][0]["image"].save(image)
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    budget = 2 * count_macs(HydraViTConfig.from_pretrained(folder), 3)
+    budget = 2 * HydraViTConfig.from_pretrained(folder).count_macs(3)
     goal = ["--heads", 1, "--heads", 3, "--heads", 6, "--max-macs", budget]
     code, out, _ = hydravit("cascade", folder, "digits", *goal, "--json")
     fitted = json.loads(out)

@@ -13,7 +13,6 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Vi
 from hydravit_hf import HydraViTForImageClassification, evaluate_subnetworks
 from hydravit_hf.data import load_digits, to_pixel_values
 from hydravit_hf.image_processing import make_image_processor
-from hydravit_hf.profiling import count_macs, count_parameters
 
 LABELS = [str(digit) for digit in range(10)]
 
@@ -32,10 +31,10 @@ def test_profile_prints_a_row_for_each_width_and_the_widest_that_fits(hydravit, 
     code, out, _ = hydravit("profile", folder, "--rounds", 2, "--heads", 2, "--heads", 5, "--json")
     rows = json.loads(out)
     assert code == 0 and [row["num_heads"] for row in rows] == [2, 5]
-    assert [row["macs"] for row in rows] == [count_macs(config, 2), count_macs(config, 5)]
-    code, out, _ = hydravit("profile", folder, "--rounds", 2, "--max-parameters", count_parameters(config, 4))
+    assert [row["macs"] for row in rows] == [config.count_macs(2), config.count_macs(5)]
+    code, out, _ = hydravit("profile", folder, "--rounds", 2, "--max-parameters", config.count_parameters(4))
     assert code == 0 and out.count("\n| ") == 7 and out.endswith("The widest that fits: 4 heads\n")
-    code, out, _ = hydravit("profile", folder, "--rounds", 2, "--max-macs", count_macs(config, 3), "--json")
+    code, out, _ = hydravit("profile", folder, "--rounds", 2, "--max-macs", config.count_macs(3), "--json")
     assert json.loads(out)["num_heads"] == 3 and len(json.loads(out)["rows"]) == 6
     code, out, err = hydravit("profile", folder, "--rounds", 2, "--max-macs", 1)
     assert code == 1 and out == "" and "error: No width fits" in err and "allowed" in err

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from hydravit_hf import HydraViTForImageClassification
-from hydravit_hf.training import AveragedWeights
+from hydravit_hf.training.averaging import AveragedWeights
 
 TESTS = Path(__file__).parent
 EXAMPLES = TESTS.parent / "examples"

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from hydravit_hf.subnetwork_accuracy import SubnetworkAccuracy
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
 from hydravit_hf import HydraViTConfig, HydraViTForImageClassification
 from hydravit_hf.evaluation import SCORES, evaluate_subnetworks, score
-from hydravit_hf.subnetwork_accuracy import SubnetworkAccuracy
 
 KEYS = ["num_heads", "accuracy", "top5_accuracy", "loss"]
 

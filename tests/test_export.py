@@ -13,10 +13,10 @@ from thresholds import splitting
 
 from hydravit_hf import HydraViTModel, export, onnx_graphs
 from hydravit_hf.cascade import save_cascade
-from hydravit_hf.cascade_hydravit import uncertainty
-from hydravit_hf.configuration_hydravit import CRITERIA
 from hydravit_hf.export import export_cascade, export_subnetwork, export_subnetworks
 from hydravit_hf.image_processing import make_image_processor
+from hydravit_hf.model.cascade_hydravit import uncertainty
+from hydravit_hf.model.configuration_hydravit import CRITERIA
 
 HEADS = range(1, 7)
 BATCHES = (1, 2, 5)

@@ -18,7 +18,7 @@ from test_convert_checkpoint import training_file
 
 from hydravit_hf import HydraViTForImageClassification
 from hydravit_hf.convert_checkpoint import convert_and_save
-from hydravit_hf.training import list_checkpoints, save_checkpoint
+from hydravit_hf.training.runs import list_checkpoints, save_checkpoint
 
 FULL = "No space left on device|os error 28|File too large|os error 27"
 LIMITED = """

@@ -9,7 +9,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from hydravit_hf import HydraViTConfig, HydraViTForImageClassification
 from hydravit_hf.image_processing import make_image_processor
-from hydravit_hf.pipeline_hydravit import with_channels
+from hydravit_hf.model.pipeline_hydravit import with_channels
 
 SIZES = [(13, 9), (7, 31), (1, 1), (16, 8)]  # width, height
 

@@ -15,7 +15,6 @@ from PIL import Image
 from hydravit_hf import HydraViTConfig, create_model_card
 from hydravit_hf.image_processing import make_image_processor
 from hydravit_hf.model_card import save_model_card
-from hydravit_hf.profiling import count_macs, count_parameters
 from hydravit_hf.reporting import format_table
 
 CARDS = Path(__file__).parents[1] / "model_cards"
@@ -36,7 +35,7 @@ def table_rows(text: str) -> list[list[str]]:
 def counted_rows(config: HydraViTConfig) -> list[list[str]]:
     """The first three columns of a card's table."""
     rows = [
-        {"num_heads": heads, "parameters": count_parameters(config, heads), "macs": count_macs(config, heads)}
+        {"num_heads": heads, "parameters": config.count_parameters(heads), "macs": config.count_macs(heads)}
         for heads in config.subnetwork_heads
     ]
     return table_rows(format_table(rows))[2:]
@@ -179,5 +178,5 @@ def test_a_saved_card_lies_beside_its_plot_and_results(model, tmp_path):
     save_model_card(tmp_path, model, ROWS, "tiny", dataset_name="Made-up images")
     assert {file.name for file in tmp_path.iterdir()} == {"README.md", "accuracy_over_macs.png", "results.json"}
     rows = json.loads((tmp_path / "results.json").read_text())
-    assert [row["macs"] for row in rows] == [count_macs(model.config, heads) for heads in range(1, 7)]
+    assert [row["macs"] for row in rows] == [model.config.count_macs(heads) for heads in range(1, 7)]
     assert "](accuracy_over_macs.png)" in ModelCard.load(tmp_path / "README.md").text

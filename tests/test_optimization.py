@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from hydravit_hf import HydraViTConfig, HydraViTForImageClassification
-from hydravit_hf.optimization import PrefixAdamW, parameter_groups
+from hydravit_hf.training.optimizer import PrefixAdamW, parameter_groups
 
 HYPERPARAMETERS = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-6}
 DECAY = 0.3

@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, pipeline
 
 from hydravit_hf import HydraViTForImageClassification, HydraViTImageClassificationPipeline
 from hydravit_hf.image_processing import make_image_processor
-from hydravit_hf.pipeline_hydravit import TASK, load_image, with_channels
+from hydravit_hf.model.pipeline_hydravit import TASK, load_image, with_channels
 
 HEADS = range(1, 7)
 

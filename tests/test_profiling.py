@@ -59,7 +59,7 @@ def test_the_parameters_of_every_width_are_those_of_the_extracted_subnetwork(var
         if variant.config.separate_classifiers:
             classifiers = len(extracted.classifier.weight)
             of_other_widths = numel(extracted.classifier) * (classifiers - 1) // classifiers
-        assert count_parameters(variant.config, num_heads) == numel(extracted) - of_other_widths, num_heads
+        assert variant.config.count_parameters(num_heads) == numel(extracted) - of_other_widths, num_heads
 
 
 def test_the_macs_of_every_width_are_half_the_flops_of_its_forward_pass(variant):
@@ -68,20 +68,20 @@ def test_the_macs_of_every_width_are_half_the_flops_of_its_forward_pass(variant)
     for num_heads in HEADS:
         with FlopCounterMode(display=False) as counter:
             variant(image, num_heads_active=num_heads)
-        assert 2 * count_macs(variant.config, num_heads) == counter.get_total_flops(), num_heads
+        assert 2 * variant.config.count_macs(num_heads) == counter.get_total_flops(), num_heads
 
 
 @pytest.mark.parametrize("num_heads", PUBLISHED)
 def test_the_costs_of_the_default_model_are_the_published_ones(num_heads):
     config = HydraViTConfig(num_labels=1000)
     parameters, gmacs = PUBLISHED[num_heads]
-    assert round(count_parameters(config, num_heads) / 1e6, 2) == parameters
-    assert round(count_macs(config, num_heads) / 1e9, 2) == gmacs
+    assert round(config.count_parameters(num_heads) / 1e6, 2) == parameters
+    assert round(config.count_macs(num_heads) / 1e9, 2) == gmacs
 
 
 @pytest.mark.parametrize(("num_heads", "parameters"), [(3, 5_717_416), (6, 22_050_664), (12, 86_567_656)])
 def test_the_default_model_has_as_many_parameters_as_the_deit_of_its_width(num_heads, parameters):
-    assert count_parameters(HydraViTConfig(num_labels=1000), num_heads) == parameters
+    assert HydraViTConfig(num_labels=1000).count_parameters(num_heads) == parameters
     with torch.device("meta"):
         model = HydraViTForImageClassification(HydraViTConfig(num_attention_heads=num_heads, num_labels=1000))
     assert numel(model) == parameters
@@ -91,8 +91,8 @@ def test_a_width_costs_the_same_whatever_the_model_holds_beyond_it():
     config = HydraViTConfig(num_attention_heads=6, head_dim=8, image_size=16, patch_size=4)
     for num_heads in HEADS:
         narrow = config.resized(num_heads)
-        assert count_parameters(config, num_heads) == count_parameters(narrow, num_heads)
-        assert count_macs(config, num_heads) == count_macs(narrow, num_heads)
+        assert config.count_parameters(num_heads) == narrow.count_parameters(num_heads)
+        assert config.count_macs(num_heads) == narrow.count_macs(num_heads)
 
 
 @pytest.mark.parametrize("count", [count_parameters, count_macs])
@@ -111,7 +111,7 @@ def test_the_macs_of_the_default_model_are_those_that_one_writes_down(num_heads)
     macs = 196 * d * 3 * 16 * 16 + layers * (n * (4 * d * d + 8 * d * d) + 2 * n * n * d) + d * labels
     with FlopCounterMode(display=False) as counter:
         model.eval()(image, num_heads_active=num_heads)
-    assert count_macs(model.config, num_heads) == macs == counter.get_total_flops() // 2
+    assert model.config.count_macs(num_heads) == macs == counter.get_total_flops() // 2
 
 
 KEYS = ["num_heads", "parameters", "macs", "batch_size", "latency_ms", "latency_p90_ms", "throughput"]
@@ -140,8 +140,8 @@ def test_a_profile_has_a_row_for_each_width_whose_counts_are_the_closed_forms(
     assert [row["num_heads"] for row in rows] == [2, 3, 6]
     for row in rows:
         assert list(row) == KEYS
-        assert row["parameters"] == count_parameters(model.config, row["num_heads"])
-        assert row["macs"] == count_macs(model.config, row["num_heads"]) and isinstance(row["macs"], int)
+        assert row["parameters"] == model.config.count_parameters(row["num_heads"])
+        assert row["macs"] == model.config.count_macs(row["num_heads"]) and isinstance(row["macs"], int)
         assert row["batch_size"] == batch_size and row["dtype"] == "float32"
         assert 0 < row["latency_ms"] <= row["latency_p90_ms"] < math.inf
         assert row["throughput"] == pytest.approx(1e3 * batch_size / row["latency_ms"])
@@ -150,8 +150,8 @@ def test_a_profile_has_a_row_for_each_width_whose_counts_are_the_closed_forms(
 
 def test_a_profile_of_other_kinds_of_models_counts_what_the_closed_forms_do(variant):
     for row in profile_subnetworks(variant, heads=[2, 3, 6], **ONCE):
-        assert row["parameters"] == count_parameters(variant.config, row["num_heads"])
-        assert row["macs"] == count_macs(variant.config, row["num_heads"])
+        assert row["parameters"] == variant.config.count_parameters(row["num_heads"])
+        assert row["macs"] == variant.config.count_macs(row["num_heads"])
 
 
 def test_rows_are_in_the_order_that_is_asked_for(model):
@@ -283,7 +283,7 @@ def test_a_profile_on_a_gpu_counts_what_one_on_the_cpu_does(model, dtype):
     on_gpu = profile_subnetworks(model, dtype=dtype, device="cuda", batch_size=4, **ONCE)
     for row in on_gpu:
         assert list(row) == KEYS
-        assert row["macs"] == count_macs(model.config, row["num_heads"])
+        assert row["macs"] == model.config.count_macs(row["num_heads"])
         assert row["device"] == torch.cuda.get_device_name() and row["dtype"] == str(dtype).removeprefix("torch.")
         assert row["peak_memory_mb"] * 1e6 > dtype.itemsize * (row["parameters"] + 4 * 3 * 16 * 16)
     assert on_gpu[0]["peak_memory_mb"] < on_gpu[-1]["peak_memory_mb"]
@@ -342,8 +342,8 @@ def test_of_a_model_only_what_the_budget_asks_for_is_measured(make_model, monkey
     model, runs = make_model(), []
     model.register_forward_hook(lambda *_: runs.append(1))
     for num_heads in HEADS:
-        assert choose_num_heads(model, max_macs=count_macs(model.config, num_heads)) == num_heads
-        assert choose_num_heads(model, max_parameters=count_parameters(model.config, num_heads) + 1) == num_heads
+        assert choose_num_heads(model, max_macs=model.config.count_macs(num_heads)) == num_heads
+        assert choose_num_heads(model, max_parameters=model.config.count_parameters(num_heads) + 1) == num_heads
     assert not runs
     assert choose_num_heads(make_model(subnetwork_heads=[2, 5]), max_latency_ms=1e9) == 5
     monkeypatch.setattr(profiling, "profile_subnetworks", lambda _: ROWS)

@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hydravit_hf import HydraViTConfig, HydraViTForImageClassification
-from hydravit_hf.configuration_hydravit import as_pair
-from hydravit_hf.profiling import _count_macs_of, count_macs, count_parameters
+from hydravit_hf.model.configuration_hydravit import as_pair
+from hydravit_hf.profiling import _count_macs_of
 
 PROFILE = {
     "derandomize": True,
@@ -154,9 +154,9 @@ def test_the_costs_in_closed_form_are_those_of_the_extracted_model(pair):
     extracted = model.extract_subnetwork(num_heads)
     others = sum(parameter[:-1].numel() for parameter in extracted.classifier.parameters())
     expected = extracted.num_parameters() - (others if config.separate_classifiers else 0)
-    assert count_parameters(config, num_heads) == expected
-    assert count_macs(config, num_heads) == count_macs(extracted.config, num_heads)
-    assert count_macs(config, num_heads) == _count_macs_of(model, images[:1], num_heads)
+    assert config.count_parameters(num_heads) == expected
+    assert config.count_macs(num_heads) == extracted.config.count_macs(num_heads)
+    assert config.count_macs(num_heads) == _count_macs_of(model, images[:1], num_heads)
 
 
 # Checkpoints

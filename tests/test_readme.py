@@ -15,7 +15,6 @@ from transformers import AutoModelForImageClassification
 from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, HydraViTModel, cli
 from hydravit_hf.data import load_digits
 from hydravit_hf.image_processing import make_image_processor
-from hydravit_hf.profiling import count_macs, count_parameters
 
 ROOT = Path(__file__).parents[1]
 README, TRAINING = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/training.md"))
@@ -94,8 +93,8 @@ def test_the_table_of_costs_is_that_of_the_default_model():
     rows = re.findall(r"^\| +(\d+) \| +([\d.]+) M \| +([\d.]+) G \|", README, flags=re.MULTILINE)
     assert [int(heads) for heads, *_ in rows] == config.subnetwork_heads
     for heads, parameters, macs in rows:
-        assert f"{count_parameters(config, int(heads)) / 1e6:.2f}" == parameters
-        assert f"{count_macs(config, int(heads)) / 1e9:.2f}" == macs
+        assert f"{config.count_parameters(int(heads)) / 1e6:.2f}" == parameters
+        assert f"{config.count_macs(int(heads)) / 1e9:.2f}" == macs
 
 
 def test_what_the_readme_names_exists():

@@ -26,8 +26,7 @@ from transformers import pipeline
 
 from hydravit_hf.data import load_digits
 from hydravit_hf.image_processing import make_image_processor
-from hydravit_hf.pipeline_hydravit import TASK
-from hydravit_hf.profiling import count_macs, count_parameters
+from hydravit_hf.model.pipeline_hydravit import TASK
 from hydravit_hf.reporting import COLUMNS
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +47,7 @@ def checkpoint(model, tmp_path):
     model.save_pretrained(folder)
     make_image_processor(model.config).save_pretrained(folder)
     heads = model.config.subnetwork_heads
-    rows = [{"num_heads": k, "accuracy": 0.5 + 0.05 * k, "macs": count_macs(model.config, k)} for k in heads]
+    rows = [{"num_heads": k, "accuracy": 0.5 + 0.05 * k, "macs": model.config.count_macs(k)} for k in heads]
     (folder / "results.json").write_text(json.dumps(rows))
     return folder
 
@@ -81,7 +80,7 @@ def best_labels(model, picture, num_heads: int) -> dict[str, float]:
 
 def costs_of(config, num_heads: int) -> list[str]:
     """Parameters and MACs as they read in the table."""
-    counted = {"parameters": count_parameters(config, num_heads), "macs": count_macs(config, num_heads)}
+    counted = {"parameters": config.count_parameters(num_heads), "macs": config.count_macs(num_heads)}
     return [COLUMNS[name][1](value) for name, value in counted.items()]
 
 

@@ -18,15 +18,14 @@ from hydravit_hf import (
     HydraViTModel,
     HydraViTTrainer,
     HydraViTTrainingArguments,
-    count_macs,
     create_model_card,
     evaluate_subnetworks,
     fit_cascade,
 )
 from hydravit_hf.data import load_digits, to_pixel_values
 from hydravit_hf.image_processing import make_image_processor
-from hydravit_hf.optimization import PrefixAdamW
-from hydravit_hf.training import classification_loss, sample_subnetworks
+from hydravit_hf.training.optimizer import PrefixAdamW
+from hydravit_hf.training.steps import classification_loss, sample_subnetworks
 
 STAGES = [1, 3, 6]
 NEW = {"hydravit.recycling.weight", "hydravit.recycling.bias"}
@@ -166,10 +165,10 @@ def test_what_makes_no_stages_is_refused_by_name(kwargs, message):
 
 def test_the_costs_are_those_of_all_stages_and_what_joins_them(recycling):
     config, plain = recycling.config, HydraViTConfig(**recycling.config.to_dict() | {"token_recycling": False})
-    assert count_macs(config, 1) == count_macs(plain, 1)
-    assert count_macs(config, 3) == count_macs(plain, 1) + count_macs(plain, 3) + 17 * 8 * 24
-    assert count_macs(config, 6) == count_macs(config, 3) + count_macs(plain, 6) + 17 * 24 * 48
-    assert config.count_cascade_macs(STAGES) == [count_macs(config, num_heads) for num_heads in STAGES]
+    assert config.count_macs(1) == plain.count_macs(1)
+    assert config.count_macs(3) == plain.count_macs(1) + plain.count_macs(3) + 17 * 8 * 24
+    assert config.count_macs(6) == config.count_macs(3) + plain.count_macs(6) + 17 * 24 * 48
+    assert config.count_cascade_macs(STAGES) == [config.count_macs(num_heads) for num_heads in STAGES]
 
 
 def test_resizing_keeps_the_stages_that_fit_and_adds_one(recycling):
@@ -364,7 +363,7 @@ def test_a_cascade_goes_on_where_it_stopped_and_answers_as_the_widths_do(recycli
             chosen = outputs.num_heads == num_heads
             expected = recycling(many[chosen], num_heads_active=num_heads).logits
             torch.testing.assert_close(outputs.logits[chosen], expected)
-            assert set(outputs.macs[chosen].tolist()) == {count_macs(recycling.config, num_heads)}
+            assert set(outputs.macs[chosen].tolist()) == {recycling.config.count_macs(num_heads)}
 
 
 def test_thresholds_of_zero_and_of_infinity_are_exactly_the_widest_and_the_narrowest(recycling, many):
@@ -392,7 +391,7 @@ def test_a_width_that_is_no_stage_has_no_place_in_a_cascade(recycling, many):
 
 def test_thresholds_are_fitted_to_what_the_stages_cost(recycling, many):
     data = [{"pixel_values": image, "labels": index % 5} for index, image in enumerate(many)]
-    costs = {num_heads: count_macs(recycling.config, num_heads) for num_heads in STAGES}
+    costs = {num_heads: recycling.config.count_macs(num_heads) for num_heads in STAGES}
     fitted = fit_cascade(recycling, data, max_macs=0.5 * costs[6], disable_tqdm=True)
     outputs = recycling.cascade(many, *fitted["cascade"].values())
     assert fitted["macs"] == pytest.approx(outputs.macs.double().mean().item()) and fitted["macs"] <= 0.5 * costs[6]

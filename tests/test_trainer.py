@@ -20,9 +20,9 @@ from hydravit_hf import (
     evaluate_subnetworks,
     make_image_processor,
 )
-from hydravit_hf.augmentation import TrainingAugmentation, TrainingImages
 from hydravit_hf.data import load_digits, to_pixel_values
-from hydravit_hf.training import classification_loss, sample_subnetworks
+from hydravit_hf.training.augmentation import TrainingAugmentation, TrainingImages
+from hydravit_hf.training.steps import classification_loss, sample_subnetworks
 
 QUIET = {"report_to": "none", "use_cpu": True, "dataloader_pin_memory": False, "disable_tqdm": True}
 SANDWICH = {"subnetwork_sampling": "sandwich", "distillation_weight": 0.5}

@@ -15,19 +15,11 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, count_macs
-from hydravit_hf.training import (
-    AveragedWeights,
-    SubnetworkArguments,
-    check_loss,
-    checkpoint_step,
-    classification_loss,
-    list_checkpoints,
-    mix_images,
-    open_run,
-    sample_subnetworks,
-    save_checkpoint,
-)
+from hydravit_hf import HydraViTConfig, HydraViTForImageClassification
+from hydravit_hf.training.augmentation import mix_images
+from hydravit_hf.training.averaging import AveragedWeights
+from hydravit_hf.training.runs import checkpoint_step, list_checkpoints, open_run, save_checkpoint
+from hydravit_hf.training.steps import SubnetworkTrainingArguments, check_loss, classification_loss, sample_subnetworks
 
 SETTINGS = {"seed": 1, "learning_rate": 0.1, "heads": [3, 6], "name": None}
 SAMPLING = ["weighted", "uniform", "sandwich", "open_sandwich"]
@@ -170,7 +162,7 @@ def test_an_unknown_sampling_is_an_error_that_names_those_that_there_are():
 
 def test_two_processes_with_widths_of_their_own_take_as_long_as_the_docstring_says():
     config = HydraViTConfig()
-    macs = [count_macs(config, num_heads) for num_heads in config.subnetwork_heads]
+    macs = [config.count_macs(num_heads) for num_heads in config.subnetwork_heads]
     assert config.subnetwork_heads == [*range(3, 13)]
     widest = sum(map(max, product(macs, macs))) / len(macs) ** 2
     (claim,) = re.findall(r"two processes and uniform draws from 3[.][.]12, ([0-9.]+) times the MACs", one_line())
@@ -207,21 +199,21 @@ def range_of(count: int) -> list[int]:
 )
 def test_an_option_that_is_out_of_range_is_an_error_that_names_it(options, message):
     with pytest.raises(ValueError, match=message):
-        SubnetworkArguments(**options)
+        SubnetworkTrainingArguments(**options)
 
 
 def test_the_ends_of_the_ranges_are_allowed():
-    SubnetworkArguments()
+    SubnetworkTrainingArguments()
     for weight in (0, 1):
-        SubnetworkArguments("sandwich", sandwich_draws=0, distillation_weight=weight, ema_decay=0.9999)
-        SubnetworkArguments("open_sandwich", distillation_weight=weight)
+        SubnetworkTrainingArguments("sandwich", sandwich_draws=0, distillation_weight=weight, ema_decay=0.9999)
+        SubnetworkTrainingArguments("open_sandwich", distillation_weight=weight)
 
 
 @pytest.mark.parametrize("sampling", SAMPLING)
 def test_the_options_draw_for_all_processes_or_for_each_and_know_the_widest(sampling):
     config, draws = make_config(subnetwork_heads=range_of(6)), 2
-    shared = SubnetworkArguments(sampling, sandwich_draws=draws)
-    own = SubnetworkArguments(sampling, sandwich_draws=draws, one_width_per_process=True)
+    shared = SubnetworkTrainingArguments(sampling, sandwich_draws=draws)
+    own = SubnetworkTrainingArguments(sampling, sandwich_draws=draws, one_width_per_process=True)
     seen = set()
     for step in range(100):
         expected = sample_subnetworks(config, 3, step, sampling, draws)

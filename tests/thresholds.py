@@ -2,7 +2,7 @@
 
 import torch
 
-from hydravit_hf.cascade_hydravit import uncertainty
+from hydravit_hf.model.cascade_hydravit import uncertainty
 
 
 def splitting(model, images, heads, criterion="entropy", temperatures=None, share=0.5) -> list[float]:

@@ -10,9 +10,9 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, make_image_processor
-from hydravit_hf.augmentation import TrainingAugmentation, TrainingImages
 from hydravit_hf.data import load_digits, to_pixel_values
-from hydravit_hf.trainer import HydraViTTrainer, HydraViTTrainingArguments
+from hydravit_hf.training.augmentation import TrainingAugmentation, TrainingImages
+from hydravit_hf.training.trainer import HydraViTTrainer, HydraViTTrainingArguments
 
 
 def main(output_dir: str, augment: bool = False, resume: bool = False, model: dict | None = None, **arguments):

@@ -17,7 +17,7 @@ from transformers import pipeline
 from transformers.utils import cached_file
 
 from hydravit_hf import HydraViTForImageClassification
-from hydravit_hf.pipeline_hydravit import TASK
+from hydravit_hf.model.pipeline_hydravit import TASK
 from hydravit_hf.profiling import profile_subnetworks
 
 HERE = Path(__file__).parent

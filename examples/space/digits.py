@@ -12,9 +12,9 @@ from hydravit_hf import HydraViTConfig, HydraViTForImageClassification
 from hydravit_hf.data import load_digits, to_pixel_values
 from hydravit_hf.evaluation import evaluate_subnetworks
 from hydravit_hf.image_processing import make_image_processor
-from hydravit_hf.pipeline_hydravit import TASK
+from hydravit_hf.model.pipeline_hydravit import TASK
 from hydravit_hf.profiling import with_costs
-from hydravit_hf.trainer import HydraViTTrainer, HydraViTTrainingArguments
+from hydravit_hf.training.trainer import HydraViTTrainer, HydraViTTrainingArguments
 
 EASY, HARD = 10, 5  # example images: the first of each digit, and those that the narrowest width finds hardest
 ENLARGED = 28  # times, so that people can see 8 x 8 pixels

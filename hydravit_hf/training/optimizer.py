@@ -1,14 +1,14 @@
-"""What moves the weights: parameter groups, and an AdamW that leaves alone the weights that a step hasn't used."""
+"""Parameter groups, and an AdamW that leaves the weights alone that a step has not used."""
 
 import torch
 from torch import nn
 
-from .modeling_hydravit import HydraViTPreTrainedModel
-from .parameters_hydravit import width_dims
+from ..model.modeling_hydravit import HydraViTPreTrainedModel
+from ..model.nesting_hydravit import width_dims
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Parameter groups for an optimizer: matrices and kernels decay; biases, norms, tokens and positions do not."""
+    """Group parameters for an optimizer: matrices and kernels decay; biases, norms, tokens and positions do not."""
     groups = {True: [], False: []}
     for name, parameter in model.named_parameters():
         groups[name.endswith("weight") and parameter.ndim > 1].append(parameter)
@@ -16,14 +16,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 class PrefixAdamW(torch.optim.Optimizer):
-    """AdamW that updates the leading heads only: set `num_heads` to the widest that the step has trained.
+    """AdamW that updates the leading heads only. Before a step, set `num_heads` to the widest that it has trained.
 
-    To an ordinary AdamW the weights outside the subnetwork have gradients of zero, and so decay and momentum move them
-    at each step (as in the original). Here they, their moments and their count of updates stay as they are.
+    To an ordinary AdamW, weights outside the subnetwork have gradients of zero, so decay and momentum move them in each
+    step, as in the original. Here those weights, their moments and their count of updates stay as they are.
 
     Args:
         model: The model to train.
-        lr, betas, eps, weight_decay: As for `torch.optim.AdamW`; see `parameter_groups` for what decays.
+        lr, betas, eps, weight_decay: As in `torch.optim.AdamW`. `parameter_groups` says which weights decay.
     """
 
     def __init__(
@@ -51,10 +51,12 @@ class PrefixAdamW(torch.optim.Optimizer):
                 state, name = self.state[weight], self._names[weight]
                 is_stack = name.startswith("classifier.") and 0 in width_dims(name, weight.ndim)
                 if not state:
-                    state["step"] = torch.zeros(len(weight) if is_stack else 1, self.max_heads)  # updates of each head
+                    state["step"] = torch.zeros(
+                        len(weight) if is_stack else 1, self.max_heads
+                    )  # number of updates of each head
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
                 tensors = (weight, weight.grad, state["exp_avg"], state["exp_avg_sq"])
-                if is_stack:  # of separate classifiers, of which those of other widths have no gradient
+                if is_stack:  # separate classifiers: those of other widths have no gradient
                     for index in weight.grad.flatten(1).any(1).nonzero().flatten().tolist():
                         self._update(*(tensor[index] for tensor in tensors), state["step"][index], name, group)
                 else:
@@ -74,15 +76,15 @@ class PrefixAdamW(torch.optim.Optimizer):
         mean.lerp_(gradient, 1 - beta1)
         square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         updates = updates[: self.num_heads].add_(1)
-        # in double precision, as 1 - 0.999 has few digits in single
+        # double precision, because 1 - 0.999 has few digits in single
         rest1, rest2 = ((1 - beta ** updates.double()).float().to(mean.device) for beta in (beta1, beta2))
         mean, square = mean / self._spread(rest1, sizes, dims), square / self._spread(rest2, sizes, dims)
         weight.addcdiv_(mean, square.sqrt_().add_(group["eps"]), value=-group["lr"])
 
     def _spread(self, values: torch.Tensor, sizes: list[int], dims: tuple[int, ...]) -> torch.Tensor:
-        """A value for each head as one for each entry of a block: the least of the heads of its row and its column, as
-        it has been updated as often as the wider one."""
-        spread = values[0]  # that of the first head, the most
+        """Expand one value per head to the block's shape. An entry shared by two heads takes that of the wider one,
+        because it has been updated as often as the wider head."""
+        spread = values[0]  # the first head has been updated most often
         for dim in dims:
             along = values.repeat_interleave(sizes[dim] // self.num_heads)
             spread = torch.minimum(spread, along.view(-1, *[1] * (len(sizes) - 1 - dim)))

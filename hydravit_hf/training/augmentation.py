@@ -1,8 +1,9 @@
-"""Random views of images for training, as in the original recipe (timm's `rand-m9-mstd0.5-inc1`), drawn for each image.
+"""Random views of images for training, as in the original recipe (timm's `rand-m9-mstd0.5-inc1`), and mixed batches.
 
-A view is a function of the image and a seed: numpy's generator draws, and no global generator is read or moved. So a
-view depends neither on the process that makes it nor on the images before it, and a resumed run sees it again.
-Letters: C channels, H height, W width.
+A view is a function of the image and a seed. It depends neither on the process that makes it nor on the images before
+it, and a resumed run sees it again, because no global generator is read or moved.
+
+Letters in shapes: B images, C channels, H height, W width.
 """
 
 import math
@@ -10,9 +11,10 @@ import math
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageOps
+from torch import nn
 from torch.utils.data import get_worker_info
 
-from .pipeline_hydravit import with_channels
+from ..model.images_hydravit import with_channels
 
 MAX_MAGNITUDE, MAGNITUDE_STD = 10, 0.5
 RESAMPLING = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
@@ -21,12 +23,12 @@ ERASED_ASPECT, ERASED_AREA = 1 / 0.3, (0.02, 1 / 3)
 
 
 def transform(image: Image.Image, *matrix: float, **how) -> Image.Image:
-    """What is at x, y comes from ax + by + c, dx + ey + f."""
+    """Move pixels: the one at (x, y) comes from (ax + by + c, dx + ey + f)."""
     return image.transform(image.size, Image.Transform.AFFINE, matrix, **how)
 
 
-# RandAugment's, on an RGB or gray image. The level is from 0 to ± 1, the strongest; its sign is the direction, where an
-# operation has one. `how` pixels move: `resample`, and `fillcolor` for what comes in from outside.
+# RandAugment's operations on an RGB or gray image. The level goes from 0 to ± 1, the strongest; its sign is the
+# direction, if an operation has one. `how` says how pixels move: `resample`, and `fillcolor` for those from outside.
 OPERATIONS = {
     "auto_contrast": lambda image, level, **how: ImageOps.autocontrast(image),
     "equalize": lambda image, level, **how: ImageOps.equalize(image),
@@ -47,23 +49,22 @@ OPERATIONS = {
 
 
 class TrainingAugmentation:
-    """A random view of an image, as `pixel_values`: a crop, a flip, RandAugment, colour jitter, an erased rectangle.
+    """Makes a random view of an image, as `pixel_values`: a crop, a flip, RandAugment and an erased rectangle.
 
-    RandAugment is timm's: Pillow's operations are drawn with replacement, each is skipped with odds of a half, and a
-    larger magnitude is always the stronger change (9 of 10: a turn by 27 degrees). What differs from timm: crops are
-    resized as the processor does it, that of a long image may lie off its middle, an erased rectangle may touch both
-    sides, and posterizing keeps a bit at least, as Pillow demands. timm leaves out colour jitter beside RandAugment,
-    so the 0.3 in the original's settings had no effect; hence none here.
+    RandAugment is timm's. It draws Pillow's operations with replacement and skips each with odds of one half. A larger
+    magnitude always makes the change stronger: 9 of 10 turns an image by 27 degrees. Four details differ from timm.
+    Crops are resized as the processor does it. The crop of a long image may lie off its middle. An erased rectangle may
+    touch both sides. Posterizing keeps one bit at least, as Pillow demands. There is no colour jitter: timm leaves it
+    out beside RandAugment, so the 0.3 in the original's settings had no effect.
 
     Args:
-        processor: The model's image processor: its output size (`crop_size`, if it crops), resampling, mean and
-            standard deviation. RGB or gray.
-        crop_scale: The least and the largest part of the image's area that a crop has.
-        flip: The odds of a mirror image.
-        rand_augment_magnitude: From 0 (no RandAugment) to 10, with normal noise of deviation 0.5.
-        rand_augment_num_ops: Operations that are drawn for an image.
-        color_jitter: Brightness, contrast and saturation change by a factor of up to 1 ± this.
-        random_erasing: The odds that a rectangle becomes noise.
+        processor: The model's image processor, for RGB or gray images. It gives the output size, the resampling, the
+            mean and the standard deviation.
+        crop_scale: Smallest and largest share of the image's area in a crop.
+        flip: Odds of a mirror image.
+        rand_augment_magnitude: Strength from 0 (no RandAugment) to 10, with normal noise of deviation 0.5.
+        rand_augment_num_ops: Number of operations that are drawn for an image.
+        random_erasing: Odds that a rectangle becomes noise.
 
     Raises:
         ValueError: A number is out of its range, or the processor's output has no fixed size.
@@ -76,14 +77,12 @@ class TrainingAugmentation:
         flip: float = 0.5,
         rand_augment_magnitude: float = 9,
         rand_augment_num_ops: int = 2,
-        color_jitter: float = 0.0,
         random_erasing: float = 0.25,
     ):
         limits = {
             "flip": (flip, 1),
             "rand_augment_magnitude": (rand_augment_magnitude, MAX_MAGNITUDE),
             "rand_augment_num_ops": (rand_augment_num_ops, math.inf),
-            "color_jitter": (color_jitter, 1),
             "random_erasing": (random_erasing, 1),
         }
         for name, (value, most) in limits.items():
@@ -99,13 +98,15 @@ class TrainingAugmentation:
         self.fill = tuple(round(255 * value) for value in processor.image_mean)
         self.crop_scale, self.flip = crop_scale, flip
         self.magnitude, self.num_ops = rand_augment_magnitude, rand_augment_num_ops
-        self.color_jitter, self.random_erasing = color_jitter, random_erasing
+        self.random_erasing = random_erasing
 
     def __call__(self, image: Image.Image, seed: tuple[int, ...]) -> torch.Tensor:
-        """The view (C, H, W) of an image of any size and mode.
+        """Make the view, (C, H, W), of an image of any size and mode.
 
         Args:
-            seed: Numbers from 0, as many for every image of a run, such as (seed of the run, epoch, index).
+            image: The image.
+            seed: Numbers that are not negative, such as (seed of the run, epoch, index). All images of a run have as
+                many.
         """
         draw, (height, width) = np.random.default_rng(seed), self.size
         image = image.crop(draw_rectangle(draw, *image.size, self.crop_scale, CROP_ASPECT))
@@ -118,9 +119,6 @@ class TrainingAugmentation:
                     level = np.clip(draw.normal(self.magnitude, MAGNITUDE_STD), 0, MAX_MAGNITUDE) / MAX_MAGNITUDE
                     level, resample = level * draw.choice([-1, 1]), draw.choice(RESAMPLING)
                     image = OPERATIONS[operation](image, level, resample=resample, fillcolor=self.fill)
-        if self.color_jitter:
-            for enhancer in draw.permutation([ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]):
-                image = enhancer(image).enhance(draw.uniform(1 - self.color_jitter, 1 + self.color_jitter))
         pixels = torch.from_numpy(np.array(image)).view(height, width, -1).permute(2, 0, 1).contiguous() / 255
         pixels = (pixels - self.mean[:, None, None]) / self.std[:, None, None]
         if draw.random() < self.random_erasing:
@@ -180,8 +178,14 @@ class StreamedTrainingImages(torch.utils.data.IterableDataset):
 def draw_rectangle(
     draw: np.random.Generator, width: int, height: int, area: tuple[float, float], aspect: float
 ) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of a rectangle with a part of an area, at most `aspect` times as wide as high and the
-    reverse; where ten draws don't fit, the largest one."""
+    """Draw the left, top, right and bottom of a rectangle in an area. After ten draws that don't fit, take the largest.
+
+    Args:
+        draw: The generator.
+        width, height: Sides of the area.
+        area: Smallest and largest share of the area that the rectangle has.
+        aspect: Largest ratio of its longer to its shorter side.
+    """
     for _ in range(10):
         target = draw.uniform(*area) * width * height
         ratio = math.exp(draw.uniform(-math.log(aspect), math.log(aspect)))
@@ -192,3 +196,51 @@ def draw_rectangle(
         w, h = min(width, round(height * aspect)), min(height, round(width * aspect))
     left, top = int(draw.integers(width - w + 1)), int(draw.integers(height - h + 1))
     return left, top, left + w, top + h
+
+
+def mix_images(
+    pixel_values: torch.Tensor,
+    labels: torch.Tensor,
+    num_labels: int,
+    seed: list[int],
+    mixup_alpha: float = 0.0,
+    cutmix_alpha: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mix each image with another one of the batch.
+
+    Each image draws its own partner, method and share. The methods are mixup (https://arxiv.org/abs/1710.09412) and
+    CutMix (https://arxiv.org/abs/1905.04899).
+
+    Args:
+        pixel_values: Images, (B, C, H, W).
+        labels: Labels, (B,).
+        num_labels: Number of classes.
+        seed: Seed of the draws.
+        mixup_alpha, cutmix_alpha: Parameter of the Beta distribution that the shares are drawn from. 0 turns a method
+            off. If both are on, each gets half of the images.
+
+    Returns:
+        The mixed images, (B, C, H, W), and the probabilities of their labels, (B, labels).
+
+    Raises:
+        ValueError: Both alphas are 0.
+    """
+    if not (mixup_alpha or cutmix_alpha):
+        raise ValueError("`mixup_alpha` or `cutmix_alpha` must be above 0.")
+    generator = np.random.default_rng(seed)
+    (batch, _, height, width), device = pixel_values.shape, pixel_values.device
+    is_cut = generator.random(batch) < (cutmix_alpha > 0) / ((cutmix_alpha > 0) + (mixup_alpha > 0))
+    alpha = np.where(is_cut, cutmix_alpha, mixup_alpha)
+    share = generator.beta(alpha, alpha)
+    partner = torch.from_numpy(generator.permutation(batch)).to(device)
+    # The share of each pixel that is the image's own: `share` everywhere, or 1 outside of the partner's box
+    inside = np.ones((batch, 1, 1), dtype=bool)
+    for side, shape in ((height, (1, -1, 1)), (width, (1, 1, -1))):
+        centre, half = generator.random((batch, 1, 1)) * side, np.sqrt(1 - share)[:, None, None] * side / 2
+        pixels = np.arange(side).reshape(shape) + 0.5
+        inside = inside & (abs(pixels - centre) < half)
+    own = np.where(is_cut[:, None, None], ~inside, share[:, None, None])
+    own = torch.from_numpy(own.astype(np.float32)).to(device)[:, None]
+    pixel_values = torch.lerp(pixel_values[partner], pixel_values, own.to(pixel_values.dtype))
+    targets = nn.functional.one_hot(labels, num_labels).float()
+    return pixel_values, torch.lerp(targets[partner], targets, own.mean((1, 2, 3))[:, None])

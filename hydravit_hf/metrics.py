@@ -1,0 +1,61 @@
+"""The scores of every width as an `evaluate.Metric`. It needs no Hub, which `evaluate.load` would."""
+
+import datasets
+import evaluate
+import numpy as np
+
+
+class SubnetworkMetric(evaluate.Metric):
+    """Averages the scores of images, such as accuracy and loss, for each width.
+
+    Add the scores of any widths in any order. `compute` returns one mean for each width and score, and the means over
+    the widths. With several processes, gather the scores first, as `evaluate_subnetworks` does.
+
+    Args:
+        scores: Names of the scores.
+        keep_in_memory: Whether to keep the scores in memory rather than in a file of the cache.
+
+    Example:
+        >>> from hydravit_hf.metrics import SubnetworkMetric
+        >>> metric = SubnetworkMetric(["accuracy"])
+        >>> metric.add_scores([[1.0], [0.0]], num_heads=3)
+        >>> metric.add_scores([[1.0], [1.0]], num_heads=6)
+        >>> metric.compute()
+        {'3_heads_accuracy': 0.5, '6_heads_accuracy': 1.0, 'mean_accuracy': 0.75}
+    """
+
+    def __init__(self, scores: list[str], keep_in_memory: bool = True, **kwargs):
+        self.scores = list(scores)
+        super().__init__(keep_in_memory=keep_in_memory, **kwargs)
+
+    def _info(self):
+        features = {"num_heads": datasets.Value("int64")} | {name: datasets.Value("float64") for name in self.scores}
+        return evaluate.MetricInfo(
+            description=type(self).__doc__,
+            citation="",
+            inputs_description="num_heads: the head count of each prediction; and one column for each score",
+            features=datasets.Features(features),
+        )
+
+    def add_scores(self, scores, num_heads: int):
+        """Add the scores of some images, (images, scores), at a width of `num_heads` heads."""
+        columns = dict(zip(self.scores, np.asarray(scores, dtype=np.float64).T, strict=True))
+        self.add_batch(num_heads=[num_heads] * len(scores), **columns)
+
+    def _compute(self, num_heads, **scores):
+        num_heads = np.asarray(num_heads)
+        return name_by_width(
+            {
+                heads: {name: float(np.mean(np.asarray(scores[name])[num_heads == heads])) for name in self.scores}
+                for heads in np.unique(num_heads).tolist()
+            }
+        )
+
+
+def name_by_width(metrics: dict[int, dict[str, float]]) -> dict[str, float]:
+    """Flatten the metrics of each head count into names such as `3_heads_accuracy`, and add their means."""
+    named = {
+        f"{num_heads}_heads_{name}": value for num_heads, values in metrics.items() for name, value in values.items()
+    }
+    names = next(iter(metrics.values()))
+    return named | {f"mean_{name}": float(np.mean([values[name] for values in metrics.values()])) for name in names}

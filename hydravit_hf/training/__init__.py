@@ -1,0 +1,1 @@
+"""Training every width at once: the steps, the `Trainer`, optimizer, averaged weights, augmentation and runs."""

@@ -1,0 +1,225 @@
+"""One training step: the widths that it trains, their losses, and the arguments that say how.
+
+All loops share what stands here: `HydraViTTrainer`, the Accelerate example and the studies.
+
+Letters in shapes: B images, S stages of token recycling, C channels, H height, W width.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..model.configuration_hydravit import HydraViTConfig
+
+SAMPLING = ("weighted", "uniform", "sandwich", "open_sandwich")
+
+
+@dataclass
+class SubnetworkTrainingArguments:
+    """How to train the subnetworks. `HydraViTTrainingArguments` and the Accelerate example add them to their own."""
+
+    subnetwork_sampling: str = field(
+        default="weighted",
+        metadata={
+            "help": "Widths that a step trains. weighted: one, drawn by the odds in the model's configuration. "
+            "uniform: one, drawn with equal odds. sandwich: the widest, the narrowest and others in between. "
+            "open_sandwich: the narrowest and others.",
+            "choices": SAMPLING,
+        },
+    )
+    sandwich_draws: int = field(default=1, metadata={"help": "Number of widths that a sandwich draws beside its ends."})
+    distillation_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of distillation (0 to 1): how much narrower widths learn from the widest rather than from "
+            "labels."
+        },
+    )
+    mixup_alpha: float = field(
+        default=0.0, metadata={"help": "Parameter of mixup's Beta distribution; 0 turns mixup off."}
+    )
+    cutmix_alpha: float = field(
+        default=0.0, metadata={"help": "Parameter of CutMix's Beta distribution; 0 turns CutMix off."}
+    )
+    ema_decay: float = field(
+        default=0.0,
+        metadata={"help": "Decay of the averaged weights, which are evaluated and saved; 0 turns averaging off."},
+    )
+    freeze_unused_weights: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep weight decay and momentum from moving weights outside of the widths of a step (AdamW)."
+        },
+    )
+
+    def __post_init__(self):
+        if not 0 <= self.distillation_weight <= 1:
+            raise ValueError(f"`distillation_weight` must be from 0 to 1, not {self.distillation_weight!r}.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` must be from 0 to below 1, not {self.ema_decay!r}.")
+        if self.subnetwork_sampling not in SAMPLING:
+            raise ValueError(
+                f"`subnetwork_sampling` must be one of {', '.join(SAMPLING)}, not {self.subnetwork_sampling!r}."
+            )
+        if self.distillation_weight and not self.subnetwork_sampling.endswith("sandwich"):
+            raise ValueError(
+                "`distillation_weight` needs subnetwork_sampling='sandwich' or 'open_sandwich': the widest subnetwork "
+                "of a step teaches the others."
+            )
+        for name in ("mixup_alpha", "cutmix_alpha", "sandwich_draws"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must not be negative, not {getattr(self, name)!r}.")
+
+    def sample(self, config: HydraViTConfig, seed: int, step: int) -> list[int]:
+        """The head counts that a step trains, the widest first; see `sample_subnetworks`."""
+        return sample_subnetworks(config, seed, step, self.subnetwork_sampling, self.sandwich_draws)
+
+
+def sample_subnetworks(
+    config: HydraViTConfig, seed: int, step: int, sampling: str = "weighted", sandwich_draws: int = 1
+) -> list[int]:
+    """Draw the head counts that a step trains, the widest first.
+
+    It is a pure function of its arguments, so all processes draw the same widths and a resumed run replays the draws.
+    If `config.num_heads_active` pins a width, a step trains that width alone. With token recycling, a step trains the
+    widest, because its pass runs all stages.
+
+    Args:
+        config: Configuration of the model. It has the `subnetwork_heads` to draw from and the odds,
+            `subnetwork_weights`.
+        seed: Seed of the run.
+        step: Number of optimizer steps taken.
+        sampling: Widths to draw. "weighted": one, by the odds of the configuration (paper, "weighted sampling").
+            "uniform": one, with equal odds. "sandwich": the widest, the narrowest, and others by the odds
+            (https://arxiv.org/abs/1903.05134). "open_sandwich": the narrowest, and others by the odds.
+        sandwich_draws: Number of widths that a sandwich draws beside its ends, if there are as many.
+
+    Raises:
+        ValueError: The `sampling` is unknown, or token recycling meets another one than "weighted".
+
+    Example:
+        >>> from hydravit_hf import HydraViTConfig, sample_subnetworks
+        >>> sample_subnetworks(HydraViTConfig(), seed=0, step=0, sampling="sandwich")
+        [12, 7, 3]
+    """
+    if sampling not in SAMPLING:
+        raise ValueError(f"`sampling` must be one of {', '.join(SAMPLING)}, not {sampling!r}.")
+    if config.token_recycling and sampling != "weighted":
+        raise ValueError(f"Token recycling trains all its stages at each step: leave out the sampling '{sampling}'.")
+    if config.num_heads_active is not None:
+        return [config.num_heads_active]
+    if config.token_recycling:
+        return [config.num_attention_heads]
+    heads, odds = config.subnetwork_heads, config.subnetwork_odds
+    generator = np.random.default_rng([seed, step])
+    if sampling == "uniform":
+        return [int(generator.choice(heads))]
+    if sampling == "weighted":
+        return [int(generator.choice(heads, p=odds))]
+    ends = {heads[0]} if sampling == "open_sandwich" else {heads[0], heads[-1]}
+    others = {num_heads: share for num_heads, share in zip(heads, odds, strict=True) if num_heads not in ends}
+    # A race of exponential clocks draws without replacement, and takes odds of zero last
+    times = generator.exponential(size=len(others)) / np.maximum([*others.values()], 1e-12)
+    drawn = [[*others][index] for index in np.argsort(times)[:sandwich_draws]]
+    return sorted({*ends, *drawn}, reverse=True)
+
+
+def classification_loss(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    teacher_logits: torch.Tensor | None = None,
+    distillation_weight: float = 1.0,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """Compute the mean cross-entropy with the labels and, by weight, with the predictions of a wider subnetwork.
+
+    Args:
+        logits: Logits, (B, labels), or those of all stages of token recycling, (S, B, labels), which count alike.
+        targets: Labels, (B,), or their probabilities, (B, labels).
+        teacher_logits: Logits of the step's widest subnetwork, (B, labels) (in-place distillation,
+            https://arxiv.org/abs/1903.05134). None learns from the targets alone.
+        distillation_weight: Weight of the teacher, from 0 to 1.
+        label_smoothing: Smoothing of the labels, from 0 to 1.
+    """
+    if logits.ndim == 3:
+        logits, targets = logits.flatten(0, 1), torch.cat([targets] * len(logits))
+    loss = nn.functional.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
+    if teacher_logits is None:
+        return loss
+    teacher = teacher_logits.detach().float().softmax(-1)
+    return torch.lerp(loss, nn.functional.cross_entropy(logits.float(), teacher), distillation_weight)
+
+
+def check_loss(loss: torch.Tensor, num_heads: int, step: int):
+    """Raise a `FloatingPointError` if a loss is not a number, before it gets into the weights."""
+    if not torch.isfinite(loss):
+        raise FloatingPointError(
+            f"The loss at step {step}, with {num_heads} heads, is {loss.item()}: lower the learning rate, warm up for "
+            "longer or clip the gradients, and check that the images hold numbers."
+        )
+
+
+class StepLoss:
+    """Computes the losses of the widths of one step. The widest comes first and teaches the others.
+
+    Args:
+        num_widths: Number of widths in the step. Each loss is divided by it, so that their sum is their mean.
+        distillation_weight, label_smoothing: As in `classification_loss`.
+    """
+
+    def __init__(self, num_widths: int, distillation_weight: float = 0.0, label_smoothing: float = 0.0):
+        self.num_widths, self.distillation_weight = num_widths, distillation_weight
+        self.label_smoothing = label_smoothing
+        self.teacher_logits: torch.Tensor | None = None
+
+    def __call__(self, outputs, targets: torch.Tensor) -> torch.Tensor:
+        logits = outputs.get("stage_logits", outputs.logits)
+        loss = classification_loss(logits, targets, self.teacher_logits, self.distillation_weight, self.label_smoothing)
+        if self.distillation_weight and self.teacher_logits is None:
+            self.teacher_logits = outputs.logits.detach()
+        return loss / self.num_widths
+
+
+def backward_widths(
+    model: nn.Module,
+    pixel_values: torch.Tensor,
+    targets: torch.Tensor,
+    heads: list[int],
+    step: int,
+    distillation_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    accelerator=None,
+) -> torch.Tensor:
+    """Add the gradients of a batch at each width of a step.
+
+    The widths go backward one after the other, so that a step needs the memory of its widest pass alone.
+
+    Args:
+        model: The classifier, or what `accelerator.prepare` made of it.
+        pixel_values: Images, (B, C, H, W).
+        targets: Labels, (B,), or their probabilities, (B, labels).
+        heads: Head counts to train, the widest first.
+        step: Number of optimizer steps taken, for the error message.
+        distillation_weight, label_smoothing: As in `classification_loss`.
+        accelerator: An `accelerate.Accelerator`. It scales the gradients, and shares them among processes at the last
+            width only.
+
+    Returns:
+        The mean loss of the widths, a scalar without gradient.
+
+    Raises:
+        FloatingPointError: A loss is not a number.
+    """
+    step_loss = StepLoss(len(heads), distillation_weight, label_smoothing)
+    total = 0.0
+    for num_heads in heads:
+        is_last = num_heads == heads[-1]
+        with nullcontext() if is_last or accelerator is None else accelerator.no_sync(model):
+            loss = step_loss(model(pixel_values, num_heads_active=num_heads), targets)
+            check_loss(loss, num_heads, step)
+            loss.backward() if accelerator is None else accelerator.backward(loss)
+        total += loss.detach()
+    return total

@@ -1,0 +1,252 @@
+"""The `Trainer` of transformers for all widths at once: it trains the widths of each step and evaluates every width.
+
+from hydravit_hf import HydraViTTrainer, HydraViTTrainingArguments
+
+args = HydraViTTrainingArguments("runs/sandwich", subnetwork_sampling="sandwich", distillation_weight=0.5,
+                                 eval_strategy="epoch", metric_for_best_model="mean_accuracy")
+HydraViTTrainer(model, args, train_dataset=train, eval_dataset=test).train()
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback, TrainingArguments, default_data_collator
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, has_length
+from transformers.utils import is_datasets_available
+
+from ..evaluation import SCORES, score
+from ..metrics import SubnetworkMetric, name_by_width
+from ..model_card import ModelCardCallback
+from .augmentation import StreamedTrainingImages, TrainingImages, mix_images
+from .averaging import AveragingTrainer
+from .optimizer import PrefixAdamW
+from .runs import last_whole_checkpoint
+from .steps import StepLoss, SubnetworkTrainingArguments, check_loss
+
+REPORTED = ("accuracy", "loss")  # the scores that `evaluate` reports without `compute_metrics`
+
+
+class _EpochCallback(TrainerCallback):
+    """Sets the epoch of augmented datasets, which accelerate does not with several processes."""
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        if isinstance(train_dataloader.dataset, (TrainingImages, StreamedTrainingImages)):
+            train_dataloader.dataset.set_epoch(int(state.epoch))
+
+
+@dataclass
+class HydraViTTrainingArguments(SubnetworkTrainingArguments, TrainingArguments):
+    """`TrainingArguments` with `SubnetworkTrainingArguments` and two arguments of its own.
+
+    Two defaults differ from `TrainingArguments`. Columns that the model does not know are kept, because a transform
+    makes `pixel_values` of them. DDP does not search for unused parameters, because there are none.
+    """
+
+    eval_heads: list[int] | None = field(
+        default=None, metadata={"help": "Head counts to evaluate. Default: all that are trained."}
+    )
+    write_model_card: bool = field(
+        default=True,
+        metadata={"help": "Write the model card with its table of all widths when training ends."},
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "See TrainingArguments."})
+    ddp_find_unused_parameters: bool = field(default=False, metadata={"help": "See TrainingArguments."})
+
+    def __post_init__(self):
+        SubnetworkTrainingArguments.__post_init__(self)
+        TrainingArguments.__post_init__(self)
+
+
+class HydraViTTrainer(AveragingTrainer):
+    """A `Trainer` that trains the widths that `HydraViTTrainingArguments` ask for, and evaluates each of them.
+
+    - The widths of a step are a function of the seed and the step (`sample_subnetworks`). The widths of a sandwich go
+      backward one after the other, so that they take no more memory than the widest.
+    - `evaluate` runs every width in one pass over the data. It returns `eval_3_heads_accuracy`, `eval_3_heads_loss`,
+      ..., and their means `eval_mean_accuracy`, `eval_mean_loss`. It calls `compute_metrics`, if given, for each width.
+      `predict` runs the default width.
+    - With `ema_decay`, the averaged weights are evaluated and saved, and stay in the model after training.
+    - `train(resume_from_checkpoint=True)` goes on from the last checkpoint that was saved whole.
+    - When training ends, it writes the model card with a table of all widths into `output_dir`, if there is an
+      `eval_dataset`.
+
+    The arguments are those of `Trainer`. The model is a single-label classifier. The datasets give `pixel_values` and
+    `labels`.
+
+    Raises:
+        ValueError: The arguments or the data can't be trained with. It is raised before training if possible.
+        FloatingPointError: A loss is not a number.
+    """
+
+    def __init__(self, *args, compute_metrics=None, preprocess_logits_for_metrics=None, **kwargs):
+        self._user_metrics, self._user_preprocess = compute_metrics, preprocess_logits_for_metrics
+        self._every_width = False
+        self._step_loss: StepLoss | None = None
+        super().__init__(
+            *args,
+            compute_metrics=self._compute_metrics,
+            preprocess_logits_for_metrics=self._preprocess_logits,
+            **kwargs,
+        )
+        self.model_accepts_loss_kwargs = False  # the loss of a batch is its mean
+        self._check_arguments()
+        config = self._config = self.model.config
+        self._eval_heads = [config.check_num_heads(k) for k in self.args.eval_heads or config.subnetwork_heads]
+        self.add_callback(_EpochCallback)
+        if self.args.write_model_card and self.eval_dataset is not None:
+            self.add_callback(ModelCardCallback(self._card_dataloader))
+
+    def _check_arguments(self):
+        if not isinstance(self.args, HydraViTTrainingArguments):
+            raise ValueError(f"`args` must be HydraViTTrainingArguments, not {type(self.args).__name__}.")
+        if self.compute_loss_func is not None:
+            raise ValueError("`compute_loss_func` is not called: HydraViTTrainer has a loss of its own.")
+        if self._user_preprocess is not None and self._user_metrics is None:
+            raise ValueError("`preprocess_logits_for_metrics` needs `compute_metrics`.")
+        if self.args.freeze_unused_weights and (self.optimizer, self.optimizer_cls_and_kwargs) != (None, None):
+            raise ValueError("`freeze_unused_weights` brings an optimizer of its own: leave out the other one.")
+        if self.model.config.problem_type not in (None, "single_label_classification"):
+            raise ValueError(f"HydraViTTrainer trains single-label classifiers, not {self.model.config.problem_type}.")
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if sharded and (self.args.ema_decay or self.args.freeze_unused_weights):
+            raise ValueError("`ema_decay` and `freeze_unused_weights` need whole weights: not with FSDP or DeepSpeed.")
+
+    # --- Training ---
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        self._check_train_dataset()
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(last_whole_checkpoint(Path(self.args.output_dir), self.args.world_size))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _check_train_dataset(self):
+        dataset = self.train_dataset
+        if not has_length(dataset):
+            return  # a stream can't be looked at in advance
+        source = dataset.dataset if isinstance(dataset, TrainingImages) else dataset
+        if is_datasets_available():
+            from ..data import Dataset, check_labels
+
+            if isinstance(source, Dataset):
+                check_labels(source, self._config.num_labels)
+        if len(dataset) == 0:
+            raise ValueError("There is nothing to train on: the dataset is empty.")
+        if self.data_collator is not default_data_collator:
+            return  # it may make them of anything
+        item = dataset[0]
+        names = {"labels" if name in ("label", "label_ids") else name for name in item}  # in a batch
+        missing = [name for name in ("pixel_values", "labels") if name not in names]
+        if missing:
+            raise ValueError(
+                f"The items of the dataset lack {' and '.join(missing)}; they have {', '.join(item)}. "
+                "`hydravit_hf.data.to_pixel_values` makes them of images and labels."
+            )
+
+    def create_optimizer(self, *args, **kwargs):
+        if self.optimizer is None and self.args.freeze_unused_weights:
+            lr, betas = self.args.learning_rate, (self.args.adam_beta1, self.args.adam_beta2)
+            self.optimizer = PrefixAdamW(self.model, lr, betas, self.args.adam_epsilon, self.args.weight_decay)
+        return super().create_optimizer(*args, **kwargs)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        args, step = self.args, self.state.global_step
+        inputs = self._prepare_inputs(inputs)
+        if args.mixup_alpha or args.cutmix_alpha:
+            inputs["pixel_values"], inputs["labels"] = mix_images(
+                inputs["pixel_values"],
+                inputs["labels"],
+                self._config.num_labels,
+                seed=[torch.randint(2**31, ()).item(), args.process_index],  # a resume restores this generator's state
+                mixup_alpha=args.mixup_alpha,
+                cutmix_alpha=args.cutmix_alpha,
+            )
+        heads = args.sample(self._config, args.seed, step)
+        if args.freeze_unused_weights:
+            self.optimizer.optimizer.num_heads = heads[0]
+        self._step_loss, loss = StepLoss(len(heads), args.distillation_weight, args.label_smoothing_factor), 0.0
+        for num_heads in heads:  # as `backward_widths` does, with the backward pass of `Trainer`
+            with nullcontext() if num_heads == heads[-1] else self.accelerator.no_sync(model):
+                width_loss = super().training_step(model, {**inputs, "num_heads_active": num_heads}, num_items_in_batch)
+            check_loss(width_loss, num_heads, step)
+            loss += width_loss
+        return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = self._step_loss(outputs, labels)
+        return (loss, outputs) if return_outputs else loss
+
+    # --- Evaluation ---
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        nested, self._every_width = self._every_width, True  # it calls itself for each of several datasets
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self._every_width = nested
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        """As in `Trainer`. In `evaluate`, the logits are those of all S widths, (B, S, labels)."""
+        if not self._every_width:
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        losses, logits = [], []
+        for num_heads in self._eval_heads:
+            width_inputs = {**inputs, "num_heads_active": num_heads}
+            loss, width_logits, labels = super().prediction_step(model, width_inputs, *args, **kwargs)
+            losses.append(loss)
+            logits.append(width_logits)
+        if losses[0] is None:
+            raise ValueError("There is nothing to evaluate by: the dataset has no `labels`.")
+        return torch.stack(losses).mean(), None if logits[0] is None else torch.stack(logits, dim=1), labels
+
+    def _preprocess_logits(self, logits, labels):
+        """Reduce each batch to what the metrics need: without `compute_metrics`, the scores (B, S, 3) of each width."""
+        if not self._every_width:
+            return logits if self._user_preprocess is None else self._user_preprocess(logits, labels)
+        if self._user_preprocess is not None:
+            return torch.stack([self._user_preprocess(of_width, labels) for of_width in logits.unbind(1)], dim=1)
+        if self._user_metrics is not None:
+            return logits
+        return torch.stack([score(of_width, labels) for of_width in logits.unbind(1)], dim=1)
+
+    def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        if not self._every_width:
+            if self._user_metrics is not None:
+                return self._user_metrics(prediction)
+            scores = score(torch.from_numpy(prediction.predictions), torch.from_numpy(prediction.label_ids))
+            accuracy, _, loss = scores.double().mean(0).tolist()
+            return {"accuracy": accuracy, "loss": loss}
+        if self._user_metrics is None:
+            metric = SubnetworkMetric(REPORTED)
+            columns = [SCORES.index(name) for name in REPORTED]
+            for index, num_heads in enumerate(self._eval_heads):
+                metric.add_scores(prediction.predictions[:, index, columns], num_heads)
+            return metric.compute()
+        metrics = {}
+        for index, num_heads in enumerate(self._eval_heads):
+            of_width = EvalPrediction(predictions=prediction.predictions[:, index], label_ids=prediction.label_ids)
+            metrics[num_heads] = self._user_metrics(of_width)
+        return name_by_width(metrics)
+
+    # --- Checkpoints and the card ---
+
+    def _card_dataloader(self):
+        datasets = self.eval_dataset
+        return self.get_eval_dataloader(next(iter(datasets)) if isinstance(datasets, dict) else None)
+
+    def create_model_card(self, *args, **kwargs):
+        """Write transformers' card, unless training has written the card with all widths."""
+        if not (Path(self.args.output_dir) / "accuracy_over_macs.png").exists():
+            super().create_model_card(*args, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:  # a run that was resumed from an earlier checkpoint writes over this one
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
