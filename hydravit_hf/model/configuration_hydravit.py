@@ -123,7 +123,8 @@ class HydraViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError("`token_recycling` needs its stages: give `subnetwork_heads`, such as [3, 6].")
             narrowest = 3 if self.num_attention_heads >= 3 else 1
             self.subnetwork_heads = list(range(narrowest, self.num_attention_heads + 1))
-        self._check_labels_and_dtype(kwargs.get("num_labels", 0))
+        if kwargs.get("num_labels", 0) != 0 or kwargs.get("num_labels") is False:
+            _check_integer("num_labels", kwargs["num_labels"])
         super().__post_init__(**kwargs)
         self._check_subnetworks()
         if self.cascade is not None:
@@ -380,21 +381,9 @@ class HydraViTConfig(BackboneConfigMixin, PreTrainedConfig):
         return self.resolve_cascade(**self.cascade)
 
     def _check_sizes(self):
-        for name in ("num_attention_heads", "head_dim", "num_hidden_layers", "mlp_ratio", "num_channels"):
-            _check_integer(name, getattr(self, name))
-        for name in ("qkv_bias", "separate_classifiers", "token_recycling", "apply_layernorm", "reshape_hidden_states"):
-            if type(getattr(self, name)) is not bool:
-                raise ValueError(f"`{name}` must be True or False, not {getattr(self, name)!r}.")
-        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACT2FN:
-            raise ValueError(f"`hidden_act` must be the name of an activation, not {self.hidden_act!r}.")
-        if not _is_number(self.initializer_range) or not 0 < self.initializer_range <= LARGEST_SIZE:
-            raise ValueError(f"`initializer_range` must be a positive number, not {self.initializer_range!r}.")
-        if not _is_number(self.layer_norm_eps) or not 0 <= self.layer_norm_eps <= 1:
-            raise ValueError(f"`layer_norm_eps` must be from 0 to 1, not {self.layer_norm_eps!r}.")
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
-            value = getattr(self, name)
-            if not _is_number(value) or not 0 <= value < 1:
-                raise ValueError(f"`{name}` must be from 0 to below 1, not {value!r}.")
+        for name, (allowed, is_allowed) in _ALLOWED.items():
+            if not is_allowed(getattr(self, name)):
+                raise ValueError(f"`{name}` must be {allowed}, not {getattr(self, name)!r}.")
         for name in ("image_size", "patch_size"):
             pair = as_pair(getattr(self, name))
             if len(pair) != 2:
@@ -403,16 +392,6 @@ class HydraViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 _check_integer(name, side)
         if any(side % patch for side, patch in zip(as_pair(self.image_size), as_pair(self.patch_size), strict=True)):
             raise ValueError(f"`image_size={self.image_size}` must be a multiple of `patch_size={self.patch_size}`.")
-
-    def _check_labels_and_dtype(self, num_labels):
-        """Check the arguments that `PreTrainedConfig` converts as soon as it sees them."""
-        for name in ("id2label", "label2id"):
-            if not isinstance(getattr(self, name), (dict, type(None))):
-                raise ValueError(f"`{name}` must be a dictionary, not {getattr(self, name)!r}.")
-        if num_labels != 0 or type(num_labels) is bool:
-            _check_integer("num_labels", num_labels)
-        if self.dtype is not None and str(self.dtype).removeprefix("torch.") not in DTYPES:
-            raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, not {self.dtype!r}.")
 
     def _check_subnetworks(self):
         heads, weights = self.subnetwork_heads, self.subnetwork_weights
@@ -425,7 +404,7 @@ class HydraViTConfig(BackboneConfigMixin, PreTrainedConfig):
         if weights is not None and (
             not isinstance(weights, (list, tuple))
             or len(weights) != len(heads)
-            or not all(_is_number(weight) and 0 <= weight < math.inf for weight in weights)
+            or not all(_is_number(weight, 0) and weight < math.inf for weight in weights)
             or sum(weights) == 0
         ):
             raise ValueError(
@@ -457,15 +436,15 @@ def grid_of(image_size, patch_size) -> tuple[int, int]:
     return height // patch_height, width // patch_width
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and type(value) is not bool
+def _is_number(value, least=-math.inf, most=math.inf) -> bool:
+    return isinstance(value, Real) and type(value) is not bool and least <= value <= most
 
 
 def _are_numbers(values, count: int, least: float, most: float = math.inf) -> bool:
     return (
         isinstance(values, (list, tuple))
         and len(values) == count
-        and all(isinstance(value, Real) and type(value) is not bool and least <= value <= most for value in values)
+        and all(_is_number(value, least, most) for value in values)
     )
 
 
@@ -475,9 +454,29 @@ def _is_count(value, largest=LARGEST_SIZE) -> bool:
 
 def _check_integer(name, value, largest=LARGEST_SIZE):
     if not _is_count(value, largest):
-        allowed = f"a positive integer up to {largest}" if largest == LARGEST_SIZE else f"from 1 to {largest}"
+        allowed = _SIZE[0] if largest == LARGEST_SIZE else f"from 1 to {largest}"
         raise ValueError(f"`{name}` must be {allowed}, not {value!r}.")
 
+
+_SIZE = f"a positive integer up to {LARGEST_SIZE}", _is_count
+_RATE = "from 0 to below 1", lambda value: _is_number(value, 0) and value < 1
+_FLAG = "True or False", lambda value: type(value) is bool
+_LABELS = "a dictionary", lambda value: isinstance(value, (dict, type(None)))
+# What each argument must be, in words, and a test of it
+_ALLOWED = {
+    **dict.fromkeys(("num_attention_heads", "head_dim", "num_hidden_layers", "mlp_ratio", "num_channels"), _SIZE),
+    **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"), _RATE),
+    **dict.fromkeys(("qkv_bias", "separate_classifiers", "token_recycling"), _FLAG),
+    **dict.fromkeys(("apply_layernorm", "reshape_hidden_states"), _FLAG),
+    **dict.fromkeys(("id2label", "label2id"), _LABELS),
+    "hidden_act": ("the name of an activation", lambda value: isinstance(value, str) and value in ACT2FN),
+    "initializer_range": ("a positive number", lambda value: _is_number(value, 0, LARGEST_SIZE) and value > 0),
+    "layer_norm_eps": ("from 0 to 1", lambda value: _is_number(value, 0, 1)),
+    "dtype": (
+        f"one of {', '.join(DTYPES)}",
+        lambda value: value is None or str(value).removeprefix("torch.") in DTYPES,
+    ),
+}
 
 HydraViTConfig.register_for_auto_class()
 
