@@ -1,4 +1,4 @@
-"""Shared by all tests: no network, and one tiny model with every weight off its initial value."""
+"""What all tests share: no network, fixed seeds, a tiny model, the command and processes without the package."""
 
 import os
 
@@ -9,11 +9,11 @@ import subprocess
 import sys
 
 import pytest
+import support.models
 import torch
 
-from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, cli
+from hydravit_hf import cli
 
-HEADS = range(1, 7)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WITHOUT_THE_PACKAGE = """
 import importlib.abc, sys
@@ -37,18 +37,8 @@ def seed():
 
 @pytest.fixture
 def make_model():
-    """Makes tiny models of 6 heads of 8 channels; keyword arguments go to the configuration."""
-
-    def make(**kwargs) -> HydraViTForImageClassification:
-        sizes = {"num_attention_heads": 6, "head_dim": 8, "num_hidden_layers": 2, "image_size": 16, "patch_size": 4}
-        defaults = {**sizes, "num_labels": 5, "subnetwork_heads": list(HEADS)}
-        model = HydraViTForImageClassification(HydraViTConfig(**defaults | kwargs)).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
-        return model
-
-    return make
+    """Makes tiny models; keyword arguments go to the configuration."""
+    return support.models.make_model
 
 
 @pytest.fixture
@@ -68,7 +58,7 @@ def many():
 
 @pytest.fixture
 def run_without_the_package(tmp_path, monkeypatch):
-    """Runs a script in a process that can't import hydravit_hf, with arguments, to its end."""
+    """Runs a script with arguments in a process that can't import hydravit_hf."""
 
     def run(script: str, *arguments):
         monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
@@ -82,7 +72,7 @@ def run_without_the_package(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hydravit(monkeypatch, capsys):
-    """Runs the command in this process: (exit code, what it printed, what it printed to stderr)."""
+    """Runs the command in this process. Returns its exit code, its standard output and its errors."""
 
     def run(*arguments):
         capsys.readouterr()

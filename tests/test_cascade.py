@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from thresholds import splitting
+from support.thresholds import splitting
 from torch.utils.data import DataLoader
 from transformers import default_data_collator, pipeline
 

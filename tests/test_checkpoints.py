@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import HEADS
+from support.models import HEADS
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from hub_server import HubServer, Repo, is_large, object_id
+from support.hub_server import HubServer, Repo, is_large, object_id
 from test_convert_checkpoint import training_file
 
 from hydravit_hf import HydraViTForImageClassification

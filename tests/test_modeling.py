@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import HEADS
+from support.models import HEADS
 from transformers import (
     AutoModel,
     AutoModelForImageClassification,

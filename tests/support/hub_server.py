@@ -2,7 +2,7 @@
 
 Repositories live in memory. As on the Hub, a commit is one step; large files go to a storage host of their own (the
 same server under its other name), where only their hash is asked for; and whoever may not read a repository can't tell
-it from one that doesn't exist. `python tests/hub_server.py` serves until it is interrupted.
+it from one that doesn't exist. `python tests/support/hub_server.py` serves until it is interrupted.
 """
 
 import base64

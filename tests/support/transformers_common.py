@@ -1,4 +1,4 @@
-"""The common tests of transformers on HydraViT; `test_transformers_common.py` runs this file in a process of its own.
+"""The common tests of transformers on HydraViT. `model/test_transformers_common.py` runs this file in a process.
 
 `TRANSFORMERS_TESTS` names the `tests` folder of transformers' source distribution.
 """

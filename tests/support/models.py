@@ -1,0 +1,26 @@
+"""The tiny models of the tests: 6 heads of 8 channels, 2 layers, 16 patches."""
+
+import torch
+
+from hydravit_hf import HydraViTConfig, HydraViTForImageClassification
+
+HEADS = range(1, 7)
+SIZES = {"num_attention_heads": 6, "head_dim": 8, "num_hidden_layers": 2, "image_size": 16, "patch_size": 4}
+
+
+def make_config(**kwargs) -> HydraViTConfig:
+    """A configuration of these sizes, every width of which is trained; keyword arguments replace its values."""
+    return HydraViTConfig(**SIZES | {"num_labels": 5, "subnetwork_heads": list(HEADS)} | kwargs)
+
+
+def spread(model):
+    """Move every weight off its initial value: zeros and ones would hide faults."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def make_model(**kwargs) -> HydraViTForImageClassification:
+    """A model in evaluation mode; keyword arguments go to the configuration."""
+    return spread(HydraViTForImageClassification(make_config(**kwargs))).eval()
