@@ -1,23 +1,37 @@
-"""Every snippet of the README and of docs/training.md runs, in order, on checkpoints like the first command's."""
+"""Every snippet of the README and of docs/training.md runs, in order, on checkpoints like the first command's.
+
+What the pages link to exists, and so do the commands that they name.
+"""
 
 import json
 import re
 import shlex
 import sys
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 
+import click
 import pytest
 import torch
+import transformers
+import typer
 from huggingface_hub import ModelCard
 from transformers import AutoModelForImageClassification
 
+import hydravit_hf
 from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, HydraViTModel, cli
 from hydravit_hf.data import load_digits
 from hydravit_hf.image_processing import make_image_processor
 
 ROOT = Path(__file__).parents[1]
-README, TRAINING = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/training.md"))
+PAGES = {
+    file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8")
+    for pattern in ("*.md", "docs/*.md", "examples/space/*.md")
+    for file in ROOT.glob(pattern)
+}
+README, TRAINING = PAGES["README.md"], PAGES["docs/training.md"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def snippets(language: str, text: str = README) -> list[str]:
@@ -55,18 +69,62 @@ def test_the_snippets_on_training_train_a_checkpoint_that_loads_at_any_width(tmp
     loaded = HydraViTForImageClassification.from_pretrained("runs/trainer", num_attention_heads=3)
     assert loaded.config.subnetwork_heads == [3]
     assert "eval_3_heads_accuracy" in names["trainer"].state.log_history[-1]
+    for folder in ("runs/trainer", "runs/stock"):
+        assert len(ModelCard.load(f"{folder}/README.md").data.eval_results) == 4
+        assert {"results.json", "accuracy_over_macs.png"} <= {file.name for file in Path(folder).iterdir()}
 
 
-def test_the_commands_install_extras_that_exist_and_run_files_that_exist():
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+def test_the_commands_install_extras_that_exist():
     *commands, shell = snippets("bash")
     assert len(commands) == 2 and len(shell.splitlines()) > 3
     for command in commands:
         assert command.count("\n") == 1  # one line installs and runs
-        assert set(re.search(r"\[(.*)\]", command)[1].split(",")) <= set(extras)
-    for file in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        for path in re.findall(r"\]\(((?!http|#)[^)#]+)[^)]*\)", file.read_text(encoding="utf-8")):
-            assert (file.parent / path).exists(), path
+        assert set(re.search(r"\[(.*)\]", command)[1].split(",")) <= set(PROJECT["optional-dependencies"])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_links_of_a_page_lead_to_files_and_headings_that_exist(page):
+    for path, anchor in re.findall(r"\]\(((?!http)[^)#]*)#?([^)]*)\)", PAGES[page]):
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), path
+        if anchor:
+            headings = re.findall("^#+ (.*)", target.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}, anchor
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_scripts_that_a_page_names_exist_and_have_the_options_that_it_gives(page):
+    text = PAGES[page].replace("\\\n", " ")
+    for script, arguments in re.findall(r"(examples/[\w/]+[.](?:py|yaml))([^`\n]*)", text):
+        assert (ROOT / script).exists(), script
+        sources = [ROOT / script, *(ROOT / "hydravit_hf" / "training").glob("*.py")]
+        known = {word for file in sources for word in re.findall(r"\w+", file.read_text(encoding="utf-8"))}
+        assert script.endswith("yaml") or set(re.findall(r"--(\w+)", arguments)) <= known, script
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_hydravit_command_knows_the_options_that_a_page_gives(page):
+    group = typer.main.get_command(cli.app)
+    context = click.Context(group, info_name="hydravit")
+    lines = re.findall("`(hydravit [a-z][^`]*)`", PAGES[page])
+    lines += [line for line in "".join(snippets("bash", PAGES[page])).splitlines() if line.startswith("hydravit ")]
+    for line in lines:
+        _, name, *arguments = shlex.split(line)
+        with suppress(click.MissingParameter):  # a page may name a command without its arguments
+            group.commands[name].make_context(name, arguments, parent=context)
+
+
+def test_the_tree_of_the_package_names_each_of_its_files():
+    tree = re.search("```\nhydravit_hf/\n(.*?)```", PAGES["CONTRIBUTING.md"], flags=re.DOTALL)[1]
+    named, folder = [], ""
+    for indent, name in re.findall(r"^( +)([\w./]+)", tree, flags=re.MULTILINE):
+        folder = "" if len(indent) == 2 else folder
+        named.append(folder + name)
+        folder = name if name.endswith("/") else folder
+    package = ROOT / "hydravit_hf"
+    files = [*package.glob("*.*"), *package.glob("*/[a-z]*.py"), package / "model", package / "training"]
+    names = [file.relative_to(package).as_posix() + "/" * file.is_dir() for file in files]
+    assert sorted(named) == sorted(names)
 
 
 def test_the_lines_for_a_shell_run(trained, monkeypatch):
@@ -98,15 +156,7 @@ def test_the_table_of_costs_is_that_of_the_default_model():
 
 
 def test_what_the_readme_names_exists():
+    homes = (hydravit_hf, HydraViTForImageClassification, HydraViTModel, HydraViTConfig, transformers)
     for name in re.findall(r"`(\w+)`", README):
-        known = hasattr(HydraViTForImageClassification, name) or hasattr(HydraViTModel, name)
-        assert known or name in {
-            "hydravit_hf",
-            "HydraViTBackbone",
-            "HydraViTTrainer",
-            "create_model_card",
-            "PreTrainedModel",
-            "Trainer",
-            "num_heads_active",
-            "num_attention_heads",
-        }, name
+        known = name in {"hydravit_hf", *PROJECT["scripts"]} or any(hasattr(home, name) for home in homes)
+        assert known, name
