@@ -1,66 +1,139 @@
 # Copyright 2026 The hydravit_hf authors. Licensed under the Apache License, Version 2.0.
-"""Images from anywhere as PIL images, with the channels that a model takes.
+"""Images of any kind as PIL images, with the channels that a model takes.
 
 This file travels with each saved checkpoint as remote code.
 """
 
 import base64
+import binascii
 import os
+import re
+import stat
 from io import BytesIO
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+from urllib.parse import urlsplit
 
 import numpy as np
+import torch
 from transformers.utils import is_vision_available
+
+from .fetching_hydravit import fetch
 
 if is_vision_available():  # the model itself needs no Pillow
     from PIL import Image, ImageOps
 
+# The decoders that an image may use. Others are obsolete, or start an external program (EPS).
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+MAX_RESIZED_PIXELS = 2**24  # of an image after its shorter side is resized; only extremely long ones have more
 
-def load_image(image, timeout: float | None = None) -> "Image.Image":
+
+def load_image(image, timeout: float | None = None, allow_urls: bool = True) -> "Image.Image":
     """Decode an image and turn it upright, as its camera was held.
 
     Args:
-        image: A path, an http(s) URL, a `data:` URI or a PIL image.
-        timeout: Seconds to wait for a URL. None waits for ever.
+        image: A path, an http(s) URL, a `data:` URI, base64, bytes, a binary file object, a PIL image, or a numpy array
+            or tensor of shape (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels. If both sides could be the
+            channels, they are the last dimension of an array and the first one of a tensor. Arrays hold booleans, 8
+            bits, 16 bits, or floats from 0 to 1 or from 0 to 255.
+        timeout: Seconds for the whole download of a URL. None waits for ever.
+        allow_urls: Whether to download URLs. Turn it off if strangers choose the input.
 
     Raises:
-        OSError: The file or URL does not exist, or is not a whole image.
-        ValueError: The image has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels. Nothing of it is decoded.
+        OSError: The file or URL does not exist, is not a regular file, or is not a whole image of one of `FORMATS`.
+        ValueError: The image has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels (nothing of it is decoded), an array has
+            another shape or range, or URLs are turned off.
         TypeError: The object is nothing that can hold an image.
     """
+    if isinstance(image, (np.ndarray, torch.Tensor)):
+        return _from_array(image)
     if isinstance(image, Image.Image):
         return _decode(image)
-    if not isinstance(image, (str, os.PathLike)):
-        raise TypeError("images are paths, URLs, PIL images, numpy arrays or tensors")
-    source = os.fspath(image)
-    if source.startswith(("http://", "https://")):
-        source = BytesIO(_fetch(source, timeout))
-    elif source.startswith("data:image/"):
-        source = BytesIO(base64.b64decode(source.partition(",")[2]))
-    with Image.open(source) as opened:
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        source = BytesIO(image)
+    elif isinstance(image, (str, os.PathLike)):
+        source = _open(os.fspath(image), timeout, allow_urls)
+    elif hasattr(image, "read") and hasattr(image, "seek"):
+        source = image
+    else:
+        raise TypeError("images are paths, URLs, base64, bytes, files, PIL images, numpy arrays or tensors")
+    Image.init()  # registers all decoders
+    with Image.open(source, formats=[name for name in FORMATS if name in Image.OPEN]) as opened:
         return _decode(opened)
 
 
 def with_channels(image: "Image.Image", num_channels: int) -> "Image.Image":
     """Convert an image of any mode to RGB (3 channels) or gray (1 channel).
 
-    Transparent pixels become white. 16 bits are scaled to 8, where PIL would clip them.
+    Transparent pixels become white. 16 bits and floats are scaled to 8 bits, where PIL would clip them.
     """
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = Image.fromarray(_to_eight_bits(np.asarray(image), sixteen_bits=image.mode.startswith("I;16")))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("L" if num_channels == 1 else "RGB")
+    mode = "L" if num_channels == 1 else "RGB"
+    return image if image.mode == mode else image.convert(mode)
 
 
-def _fetch(url: str, timeout: float | None) -> bytes:
+def check_resized(image: "Image.Image", size: dict):
+    """Raise a `ValueError` if an image is so long that a processor would make gigabytes of it.
+
+    Args:
+        image: The image.
+        size: The size of a processor. Only `shortest_edge` lets the longer side grow.
+    """
+    shortest = size.get("shortest_edge")
+    if shortest and shortest**2 * max(image.size) > MAX_RESIZED_PIXELS * max(1, min(image.size)):
+        raise ValueError(
+            f"it is {image.width} x {image.height} pixels: with a shorter side of {shortest} it would have more than "
+            f"{MAX_RESIZED_PIXELS} pixels"
+        )
+
+
+def describe(image) -> str:
+    """Name an image in an error message, without the password and the query of a URL."""
+    if isinstance(image, (str, os.PathLike)):
+        name = os.fspath(image)
+        if re.match(r"https?://", name):
+            address = urlsplit(name)
+            name = f"{address.scheme}://{address.netloc.rpartition('@')[2]}{address.path}"
+        return f"'{name}'" if len(name) <= 200 else f"'{name[:200]}...'"
+    if isinstance(image, (np.ndarray, torch.Tensor)):
+        return f"an array of shape {tuple(image.shape)}"
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return f"an image of {len(image)} bytes"
+    if is_vision_available() and isinstance(image, Image.Image):
+        return f"a {image.mode} image of {image.width} x {image.height} pixels"
+    return f"an object of type {type(image).__name__}"
+
+
+def _open(source: str, timeout: float | None, allow_urls: bool):
+    """A path, or the bytes behind a URL, a `data:` URI or base64."""
+    if re.match(r"https?://", source):
+        if not allow_urls:
+            raise ValueError("URLs are turned off (`allow_urls=False`)")
+        return BytesIO(fetch(source, timeout))
+    if source.startswith("data:image/"):
+        return BytesIO(_decode_base64(source.partition(",")[2]))
     try:
-        with urlopen(Request(url, headers={"User-Agent": "hydravit_hf"}), timeout=timeout) as response:
-            return response.read()
-    except HTTPError as error:
-        error.close()
-        raise
+        status = os.stat(source)
+    except (OSError, ValueError) as error:  # no such file, or no name of a file at all
+        try:
+            return BytesIO(_decode_base64(source))
+        except OSError:
+            message = error.strerror if isinstance(error, OSError) else "it is not the name of a file"
+            raise FileNotFoundError(getattr(error, "errno", None), message) from error
+    if not stat.S_ISREG(status.st_mode):  # a FIFO or a device may never end
+        raise OSError("it is not a regular file")
+    return source
+
+
+def _decode_base64(text: str) -> bytes:
+    try:
+        data = base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise OSError("it is not valid base64") from error
+    if len(data) < 16:  # shorter than any image, as a word may be valid base64
+        raise OSError("it is not an image in base64")
+    return data
 
 
 def _decode(image: "Image.Image") -> "Image.Image":
@@ -70,3 +143,37 @@ def _decode(image: "Image.Image") -> "Image.Image":
             "(PIL.Image.MAX_IMAGE_PIXELS) are not decoded"
         )
     return ImageOps.exif_transpose(image)
+
+
+def _from_array(array) -> "Image.Image":
+    channels_first = isinstance(array, torch.Tensor)
+    array = array.detach().cpu().float().numpy() if channels_first and array.is_floating_point() else np.asarray(array)
+    if array.ndim == 3:
+        first, last = array.shape[0] in (1, 3, 4), array.shape[2] in (1, 3, 4)
+        if first and (channels_first or not last):
+            array = array.transpose(1, 2, 0)
+        elif not last:
+            array = array[None]  # refused below
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim not in (2, 3) or 0 in array.shape or (array.ndim == 3 and array.shape[2] not in (3, 4)):
+        raise ValueError("an array must have the shape (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels")
+    return Image.fromarray(np.ascontiguousarray(_to_eight_bits(array)))
+
+
+def _to_eight_bits(array: np.ndarray, sixteen_bits: bool = False) -> np.ndarray:
+    """Scale booleans, 16 bits and floats (0 to 1, or 0 to 255) to 8 bits. Wider integers count as 16 bits if one of
+    them is above 255."""
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == bool:
+        return array.astype(np.uint8) * 255
+    least, most = array.min(), array.max()
+    if array.dtype.kind in "iu":
+        sixteen_bits = sixteen_bits or array.dtype == np.uint16 or most > 255
+        if least < 0 or most > 65535:
+            raise ValueError(f"its values must be from 0 to 255, or 16 bits, not from {least} to {most}")
+        return (array >> 8 if sixteen_bits else array).astype(np.uint8)
+    if array.dtype.kind != "f" or not (least >= 0 and most <= 255):  # false for numbers that are none
+        raise ValueError(f"its values must be from 0 to 1, or from 0 to 255, not from {least} to {most}")
+    return np.rint(array * 255 if most <= 1 else array).astype(np.uint8)

@@ -4,15 +4,12 @@
 This file travels with each saved checkpoint as remote code.
 """
 
-import os
 import types
 
-import numpy as np
-import torch
 from transformers import ImageClassificationPipeline
 from transformers.utils import is_vision_available
 
-from .images_hydravit import load_image, with_channels
+from .images_hydravit import check_resized, describe, load_image, with_channels
 
 if is_vision_available():
     from PIL import Image
@@ -28,9 +25,10 @@ class HydraViTImageClassificationPipeline(ImageClassificationPipeline):
         pipe(["cat.jpg", "https://example.com/dog.png", image], num_heads_active=6, batch_size=8)
         pipe(images, num_heads_active=[3, 6, 12], thresholds=0.5, batch_size=8)
 
-    It takes paths, URLs, `data:` URIs, PIL images of any mode, numpy arrays and tensors, alone or in a list, a
-    generator or a `Dataset`. As in training, it puts transparent images on white and scales 16 bits to 8. It refuses
-    images of more than `PIL.Image.MAX_IMAGE_PIXELS` pixels before it decodes them. The stock pipeline does neither.
+    It takes images of every kind that `images_hydravit.load_image` knows (paths, URLs, base64, bytes, files, PIL images
+    of any mode, arrays, tensors), alone or in a list, a generator or a `Dataset`. As in training, it puts transparent
+    images on white and scales 16 bits to 8. It refuses images of more than `PIL.Image.MAX_IMAGE_PIXELS` pixels before
+    it decodes them. The stock pipeline does neither.
 
     Each argument can be given to a call, or to `pipeline(...)` for all calls.
 
@@ -42,11 +40,14 @@ class HydraViTImageClassificationPipeline(ImageClassificationPipeline):
         criterion: For a cascade, "entropy" (default), "margin" or "probability", as in `cascade_hydravit.uncertainty`.
         errors: What happens to an image that can't be read. "raise" (default) raises a `ValueError` that names it.
             "return" puts `{"error": message}` in its place and classifies the others.
-        timeout: Seconds to wait for a URL (default 10).
+        timeout: Seconds for the whole download of a URL (default 10).
+        allow_urls: Whether to download URLs (default True). Turn it off if strangers choose the input.
         top_k, function_to_apply, batch_size: As in transformers.
     """
 
-    def _sanitize_parameters(self, num_heads_active=None, thresholds=None, criterion=None, errors=None, **kwargs):
+    def _sanitize_parameters(
+        self, num_heads_active=None, thresholds=None, criterion=None, errors=None, allow_urls=None, **kwargs
+    ):
         preprocess_params, forward_params, postprocess_params = super()._sanitize_parameters(**kwargs)
         config = self.model.config
         if isinstance(num_heads_active, (list, tuple)) or num_heads_active == "cascade":
@@ -61,8 +62,8 @@ class HydraViTImageClassificationPipeline(ImageClassificationPipeline):
             forward_params["num_heads_active"] = config.check_num_heads(num_heads_active)
         if errors not in (None, "raise", "return"):
             raise ValueError(f'`errors` must be "raise" or "return", not {errors!r}.')
-        if errors is not None:
-            preprocess_params["errors"] = errors
+        given = {"errors": errors, "allow_urls": allow_urls}
+        preprocess_params |= {name: value for name, value in given.items() if value is not None}
         return preprocess_params, forward_params, postprocess_params
 
     def __call__(self, inputs=None, **kwargs):
@@ -75,17 +76,18 @@ class HydraViTImageClassificationPipeline(ImageClassificationPipeline):
             inputs = (numbered for numbered in enumerate(inputs))  # the base class knows generators only
         return super().__call__(inputs, **kwargs)
 
-    def preprocess(self, image, timeout=10.0, errors="raise"):
+    def preprocess(self, image, timeout=10.0, errors="raise", allow_urls=True):
         number, given = image if isinstance(image, tuple) else (None, image)
         config, image, error = self.model.config, given, None
         try:
-            if not isinstance(image, (np.ndarray, torch.Tensor)):
-                image = with_channels(load_image(image, timeout), config.num_channels)
+            if config.num_channels in (1, 3):  # else the image is an array of as many channels
+                image = with_channels(load_image(image, timeout, allow_urls), config.num_channels)
+                check_resized(image, self.image_processor.size)
             model_inputs = self.image_processor(images=image, return_tensors="pt").to(self.dtype)
         except Exception as cause:
             where = "" if number is None else f"Image {number} of the inputs: "
             reason = getattr(cause, "strerror", None) or cause
-            error = f"{where}{_describe(given)} can't be read: {reason}"
+            error = f"{where}{describe(given)} can't be read: {reason}"
             if errors == "raise":
                 raise ValueError(error) from cause
             blank = Image.new("L" if config.num_channels == 1 else "RGB", (16, 16))  # holds the place in the batch
@@ -104,15 +106,3 @@ class HydraViTImageClassificationPipeline(ImageClassificationPipeline):
         rows = super().postprocess(model_outputs, **kwargs)
         spent = {name: model_outputs[name].item() for name in ("num_heads", "macs") if name in model_outputs}
         return [row | spent for row in rows]
-
-
-def _describe(image) -> str:
-    """Name an image in an error message."""
-    if isinstance(image, (str, os.PathLike)):
-        name = os.fspath(image)
-        return f"'{name}'" if len(name) <= 200 else f"'{name[:200]}...'"
-    if isinstance(image, (np.ndarray, torch.Tensor)):
-        return f"an array of shape {tuple(image.shape)}"
-    if isinstance(image, Image.Image):
-        return f"a {image.mode} image of {image.width} x {image.height} pixels"
-    return f"an object of type {type(image).__name__}"
