@@ -33,6 +33,7 @@ from .nesting_hydravit import (
     fill_leading_blocks,
     fit_positions_to_grid,
     leading_blocks,
+    own_parameters,
 )
 
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder")
@@ -79,7 +80,8 @@ class NestedCheckpointMixin:
             kwargs |= dtype
         paths = []
         if kwargs.get("use_safetensors") is not False and kwargs.get("state_dict") is None:
-            paths = _find_weights(pretrained_model_name_or_path, kwargs.get("variant"), hub_kwargs)
+            named = getattr(config, "transformers_weights", None)  # a file of another name, as transformers allows
+            paths = _find_weights(pretrained_model_name_or_path, kwargs.get("variant"), named, hub_kwargs)
         with _open_weights(paths) as stored:
             # 2. Does it fit?
             saved = _saved_config(pretrained_model_name_or_path, config, hub_kwargs) if paths else config
@@ -143,13 +145,13 @@ class NestedCheckpointMixin:
         The result gives equal outputs, is an ordinary HydraViT and shares no storage with this model.
 
         Raises:
-            ValueError: `num_heads` is not from 1 to the heads held.
+            ValueError: `num_heads` is not from 1 to the heads held, or the parameters are offloaded or adapted.
         """
         config = self.config.resized(self.config.check_num_heads(num_heads))
-        return assemble(type(self), config, leading_blocks(self.state_dict(), config)).train(self.training)
+        return assemble(type(self), config, leading_blocks(own_parameters(self), config)).train(self.training)
 
 
-def _find_weights(checkpoint, variant: str | None, hub_kwargs: dict) -> list[str]:
+def _find_weights(checkpoint, variant: str | None, named: str | None, hub_kwargs: dict) -> list[str]:
     """Paths of a checkpoint's safetensors files, downloaded if need be. Empty if it has none."""
 
     def find(name: str) -> str | None:
@@ -157,9 +159,15 @@ def _find_weights(checkpoint, variant: str | None, hub_kwargs: dict) -> list[str
             name = f".{variant}.".join(name.rsplit(".", 1))
         return cached_file(checkpoint, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
 
-    if (weights := find(SAFE_WEIGHTS_NAME)) is not None:
+    if named is not None:
+        if not re.fullmatch(r"[^/\\:]+[.]safetensors([.]index[.]json)?", named):
+            raise ValueError(f"`transformers_weights` must name a safetensors file or index, not {named!r}.")
+        weights = index = cached_file(checkpoint, named, **hub_kwargs)
+        if named.endswith(".safetensors"):
+            return [weights]
+    elif (weights := find(SAFE_WEIGHTS_NAME)) is not None:
         return [weights]
-    if (index := find(SAFE_WEIGHTS_INDEX_NAME)) is None:
+    elif (index := find(SAFE_WEIGHTS_INDEX_NAME)) is None:
         return []
     return [cached_file(checkpoint, shard, **hub_kwargs) for shard in _read_index(index)]
 
@@ -281,7 +289,9 @@ def read_header(file: BinaryIO) -> dict[str, StoredTensor]:
         if header_size > file_size:
             raise ValueError("the header does not fit into the file")
         header = json.loads(file.read(header_size))
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError(f"its metadata must be strings, not {metadata!r}")
         tensors, scratch, end = {}, bytearray(), 0
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             dtype, shape, start = _SAFETENSORS_DTYPES.get(entry["dtype"]), entry["shape"], end

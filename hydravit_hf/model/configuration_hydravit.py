@@ -7,7 +7,7 @@ This file travels with each saved checkpoint as remote code.
 import math
 from bisect import bisect_left
 from itertools import accumulate, pairwise
-from numbers import Real
+from numbers import Integral, Real
 
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
@@ -127,6 +127,9 @@ class HydraViTConfig(BackboneConfigMixin, PreTrainedConfig):
             _check_integer("num_labels", kwargs["num_labels"])
         super().__post_init__(**kwargs)
         self._check_subnetworks()
+        for name in (name for name, kind in _ALLOWED.items() if kind is _SIZE):
+            setattr(self, name, int(getattr(self, name)))  # numpy's integers can't be saved
+        self.subnetwork_heads = [int(num_heads) for num_heads in self.subnetwork_heads]
         if self.cascade is not None:
             self.cascade = self._check_cascade()
 
@@ -241,7 +244,7 @@ class HydraViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"`num_heads_active` must be an integer from 1 to {self.num_attention_heads}, the heads that this "
                 f"model holds, not {num_heads!r}."
             )
-        return num_heads
+        return int(num_heads)
 
     def warn_if_untrained(self, num_heads: int):
         """Warn, once, that `num_heads` is a width that the model was not trained to run."""
@@ -422,7 +425,7 @@ class HydraViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"as no width is drawn: not {heads!r} and {weights!r}."
             )
         if self.num_heads_active is not None:
-            self.check_num_heads(self.num_heads_active)
+            self.num_heads_active = self.check_num_heads(self.num_heads_active)
 
 
 def as_pair(size) -> tuple[int, int]:
@@ -449,7 +452,7 @@ def _are_numbers(values, count: int, least: float, most: float = math.inf) -> bo
 
 
 def _is_count(value, largest=LARGEST_SIZE) -> bool:
-    return isinstance(value, int) and type(value) is not bool and 1 <= value <= largest
+    return isinstance(value, Integral) and type(value) is not bool and 1 <= value <= largest
 
 
 def _check_integer(name, value, largest=LARGEST_SIZE):

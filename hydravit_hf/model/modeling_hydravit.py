@@ -31,7 +31,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.output_capturing import capture_outputs
 
 from .cascade_hydravit import CascadeOutput, run_cascade
@@ -40,6 +40,8 @@ from .configuration_hydravit import HydraViTConfig, as_pair, grid_of
 from .nesting_hydravit import interpolate_positions
 from .recycling_hydravit import TokenRecycling, forward_stages
 from .vit_hydravit import ViTConversionMixin
+
+logger = logging.get_logger(__name__)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Layers that use the leading part of their parameters
@@ -200,12 +202,12 @@ class HydraViTAttention(nn.Module):
         self.o_proj = PrefixLinear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]):
-        heads_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        heads_shape = (*hidden_states.shape[:-1], hidden_states.shape[-1] // self.head_dim, self.head_dim)
         query = self.q_proj(hidden_states).view(heads_shape).transpose(1, 2)
         key = self.k_proj(hidden_states).view(heads_shape).transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads_shape).transpose(1, 2)
-        attention: Callable = eager_attention_forward  # only eager attention returns attention maps
-        if not kwargs.get("output_attentions"):
+        attention: Callable = eager_attention_forward  # only eager attention returns its maps, or takes an empty batch
+        if not kwargs.get("output_attentions") and len(hidden_states) > 0:
             implementation = self.config._attn_implementation
             attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
@@ -299,10 +301,18 @@ class HydraViTPreTrainedModel(NestedCheckpointMixin, ViTConversionMixin, PreTrai
         if num_heads is None:
             odds = torch.tensor(config.subnetwork_odds, dtype=torch.float64, device="cpu")
             return config.subnetwork_heads[torch.multinomial(odds, 1).item()]
-        config.check_num_heads(num_heads)
+        num_heads = config.check_num_heads(num_heads)
         if not torch.compiler.is_compiling():
             config.warn_if_untrained(num_heads)
         return num_heads
+
+    def _warn_if_not_elastic(self, num_heads_active: int | None):
+        """Warn, once, that a loop trains in `eval()` mode, in which `from_pretrained` leaves a model."""
+        if num_heads_active is None and self.config.num_heads_active is None and len(self.config.subnetwork_heads) > 1:
+            logger.warning_once(
+                "A loss with gradients is computed in `eval()` mode, in which the model draws no widths: it trains its "
+                "widest subnetwork only. Call `model.train()` first, or evaluate under `torch.no_grad()`."
+            )
 
 
 class HydraViTModel(HydraViTPreTrainedModel):
@@ -373,9 +383,7 @@ class HydraViTModel(HydraViTPreTrainedModel):
         if not self.config.token_recycling:
             raise ValueError("`recycled_tokens` needs a model with `token_recycling`, which this one is not.")
         *narrower, _ = self.config.stages(num_heads)
-        if tokens is None:
-            if not narrower:
-                return hidden_states
+        if tokens is None and narrower:
             stage = {"num_heads_active": narrower[-1], "interpolate_pos_encoding": interpolate_pos_encoding}
             tokens = HydraViTModel.forward(self, pixel_values, **stage, return_dict=True).last_hidden_state
         return self.recycling(hidden_states, tokens)
@@ -503,7 +511,11 @@ class HydraViTForImageClassification(HydraViTPreTrainedModel):
             **kwargs,
         )
         logits = self.classifier(outputs.pooler_output)
-        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels, logits, self.config, **kwargs)
+            if loss.requires_grad and not self.training and not torch.compiler.is_compiling():
+                self._warn_if_not_elastic(num_heads_active)
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

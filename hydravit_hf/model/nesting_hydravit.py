@@ -42,11 +42,11 @@ def width_dims(name: str, ndim: int) -> tuple[int, ...]:
         >>> width_dims("hydravit.layers.0.mlp.fc1.weight", 2), width_dims("classifier.weight", 2)
         ((0, 1), (1,))
     """
+    name = name.removeprefix("hydravit.")
     if name == "classifier.weight":
         return (1,) if ndim == 2 else (0, 2)
     if name == "classifier.bias":
         return () if ndim == 1 else (0,)
-    name = name.removeprefix("hydravit.")
     if name in ("embeddings.cls_token", "embeddings.position_embeddings"):
         return (2,)
     if name == "embeddings.patch_embeddings.projection.weight":
@@ -69,7 +69,7 @@ def leading_blocks(stored: dict, config: HydraViTConfig) -> dict[str, torch.Tens
         shape = list(tensor.shape)
         for dim in width_dims(name, len(shape)):
             shape[dim] = min(shape[dim], shape[dim] * config.num_attention_heads // held)
-        if name.startswith("classifier.") and config.separate_classifiers:
+        if name.removeprefix("hydravit.").startswith("classifier.") and config.separate_classifiers:
             shape[0] = min(tensor.shape[0], len(config.subnetwork_heads))
         blocks[name] = tensor[tuple(slice(size) for size in shape)]
     return blocks
@@ -122,6 +122,25 @@ def fill_leading_blocks(model: PreTrainedModel, blocks: dict) -> dict[str, torch
         else:
             filled[name] = block  # other labels, other patches or fewer classifiers
     return filled
+
+
+def own_parameters(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The parameters of a model that can be cut into blocks.
+
+    Raises:
+        ValueError: They are offloaded, or wrapped by an adapter, a pruning mask or another parametrization.
+    """
+    parameters = model.state_dict()
+    if any(parameter.is_meta for parameter in parameters.values()):
+        raise ValueError("Parameters of this model are offloaded (on the meta device): load it without a `device_map`.")
+    with torch.device("meta"):
+        names = type(model)(model.config).state_dict().keys()
+    if added := sorted(parameters.keys() - names):
+        raise ValueError(
+            f"This model has parameters of an adapter, a pruning mask or the like, such as '{added[0]}': merge or "
+            "remove it first."
+        )
+    return parameters
 
 
 def assemble(model_class: type[PreTrainedModel], config: PreTrainedConfig, parameters: dict, **options):

@@ -20,7 +20,9 @@ class TokenRecycling(nn.Linear):
     It is zero-initialised: adding it to a trained model changes nothing until you train.
     """
 
-    def forward(self, hidden_states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
+        if tokens is None:  # the first stage: nothing to add but a gradient of zeros, which DDP waits for
+            return hidden_states + self.weight[:0].sum() + self.bias[:0].sum()
         batch, count, width = hidden_states.shape
         if tokens.ndim != 3 or tokens.shape[:2] != (batch, count) or tokens.shape[2] > width:
             raise ValueError(

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.utils import logging
 
 from .configuration_hydravit import HydraViTConfig, grid_of
-from .nesting_hydravit import assemble, fill_leading_blocks, fit_positions_to_grid, leading_blocks
+from .nesting_hydravit import assemble, fill_leading_blocks, fit_positions_to_grid, leading_blocks, own_parameters
 
 logger = logging.get_logger(__name__)
 
@@ -92,7 +92,8 @@ class ViTConversionMixin:
         gives equal outputs and needs no custom code. It has no drop path, which the stock model lacks.
 
         Raises:
-            ValueError: `num_heads` is not from 1 to the heads held, or takes several passes (token recycling).
+            ValueError: `num_heads` is not from 1 to the heads held or takes several passes (token recycling), or the
+                parameters are offloaded or adapted.
         """
         if num_heads is None:
             num_heads = self.config.num_heads_active or self.config.num_attention_heads
@@ -105,7 +106,7 @@ class ViTConversionMixin:
         shared = {name: getattr(config, name) for name in SHARED_ARGUMENTS}
         vit_config = ViTConfig(hidden_size=config.hidden_size, intermediate_size=config.intermediate_size, **shared)
         vit_config.dtype = self.dtype
-        blocks = leading_blocks(self.state_dict(), config)
+        blocks = leading_blocks(own_parameters(self), config)
         if config.separate_classifiers:
             blocks |= {name: block[-1] for name, block in blocks.items() if name.startswith("classifier.")}
         blocks = {re.sub("^hydravit[.]", "vit.", name): block for name, block in blocks.items()}
