@@ -138,7 +138,7 @@ class ModelCardCallback(TrainerCallback):
     nothing, so that it can't cost a finished training.
 
     Args:
-        dataset: Held-out data for `evaluate_subnetworks`, or a function that returns them.
+        dataset: Held-out data for `evaluate_subnetworks`, or a function that returns them, or None for no card.
         measure: Whether to measure latency and memory on this machine.
         card: Further arguments of `create_model_card`. The title defaults to the name of the repository or folder.
     """
@@ -157,6 +157,8 @@ class ModelCardCallback(TrainerCallback):
 
         accelerator = Accelerator()  # shares its state with the Trainer's
         dataset = self.dataset() if callable(self.dataset) else self.dataset
+        if dataset is None:
+            return
         options = {"batch_size": args.per_device_eval_batch_size, "num_workers": args.dataloader_num_workers}
         rows = evaluate_subnetworks(model, dataset, accelerator=accelerator, disable_tqdm=args.disable_tqdm, **options)
         if not state.is_world_process_zero:

@@ -1,11 +1,16 @@
 """Folders of training runs: opened once, saved whole, and resumed where they stopped."""
 
+import hashlib
 import json
 import os
 import re
 import shutil
+import signal
+import threading
+from contextlib import suppress
 from pathlib import Path
 
+import torch
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
@@ -33,11 +38,7 @@ def open_run(output_dir: Path, settings: dict, resume: bool, overwrite: bool):
     if resume:
         if not file.exists():
             raise ValueError(f"There is no run to resume in '{output_dir}'.")
-        previous = json.loads(file.read_text())
-        changed = [key for key in settings | previous if settings.get(key) != previous.get(key)]
-        if changed:
-            changes = ", ".join(f"{key} was {previous.get(key)!r} and is {settings.get(key)!r}" for key in changed)
-            raise ValueError(f"'{output_dir}' holds another run than the one to resume: {changes}.")
+        check_same_run(json.loads(file.read_text()), settings, output_dir)
         return
     if output_dir.is_file():
         raise ValueError(f"'{output_dir}' is a file, not a folder.")
@@ -50,6 +51,61 @@ def open_run(output_dir: Path, settings: dict, resume: bool, overwrite: bool):
     for checkpoint in list_checkpoints(output_dir):
         shutil.rmtree(checkpoint)
     file.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def check_same_run(previous: dict, present: dict, folder: Path):
+    """Raise a `ValueError` that names each setting in which a run differs from the one that `folder` holds."""
+    changed = [key for key in present | previous if present.get(key) != previous.get(key)]
+    if changed:
+        changes = ", ".join(f"{key} was {previous.get(key)!r} and is {present.get(key)!r}" for key in changed)
+        raise ValueError(f"'{folder}' holds another run than the one to resume: {changes}.")
+
+
+def describe_data(dataset) -> dict:
+    """What identifies the training data of a run: the number of images, and a hash of their labels in their order.
+
+    Args:
+        dataset: The images to train on. Only a `datasets.Dataset` with a column of labels, or `TrainingImages` of one,
+            has a hash; only data with a length have a number.
+    """
+    described = {}
+    with suppress(TypeError, AttributeError):
+        described["images"] = len(dataset)
+    source = getattr(dataset, "dataset", dataset)
+    column = next((name for name in ("label", "labels") if name in getattr(source, "column_names", None) or []), None)
+    if "images" in described and column is not None and hasattr(source, "with_format"):
+        labels = json.dumps(list(source.select_columns(column).with_format(None)[column]))
+        described["labels"] = hashlib.sha256(labels.encode()).hexdigest()[:16]
+    return described
+
+
+class Preemption:
+    """Notes SIGTERM, by which clusters announce the end of a process, so that a loop can save a checkpoint first.
+
+    Use it as a context. Signals reach the main thread only; in other threads it does nothing.
+    """
+
+    def __init__(self):
+        self.noted = False
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            self._former = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def _note(self, *_):
+        self.noted = True
+
+    def __exit__(self, *_):
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._former)
+
+    def is_near(self, accelerator) -> bool:
+        """Whether any process of an `accelerate.Accelerator` has got the signal. Call it in all processes alike."""
+        if accelerator.num_processes == 1:
+            return self.noted
+        noted = torch.tensor([float(self.noted)], device=accelerator.device)
+        return accelerator.reduce(noted, "sum").item() > 0
 
 
 def save_checkpoint(accelerator, output_dir: Path, step: int, keep: int | None = None):

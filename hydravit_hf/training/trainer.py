@@ -7,6 +7,7 @@ args = HydraViTTrainingArguments("runs/sandwich", subnetwork_sampling="sandwich"
 HydraViTTrainer(model, args, train_dataset=train, eval_dataset=test).train()
 """
 
+import json
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from transformers import TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, has_length
-from transformers.utils import is_datasets_available
+from transformers.utils import is_datasets_available, logging
 
 from ..evaluation import SCORES, score
 from ..metrics import SubnetworkMetric, name_by_width
@@ -23,8 +24,10 @@ from ..model_card import ModelCardCallback
 from .augmentation import StreamedTrainingImages, TrainingImages, mix_images
 from .averaging import AveragingTrainer
 from .optimizer import PrefixAdamW
-from .runs import last_whole_checkpoint
+from .runs import RUN_FILE, Preemption, check_same_run, describe_data, last_whole_checkpoint
 from .steps import StepLoss, SubnetworkTrainingArguments, check_loss
+
+logger = logging.get_logger(__name__)
 
 REPORTED = ("accuracy", "loss")  # the scores that `evaluate` reports without `compute_metrics`
 
@@ -35,6 +38,24 @@ class _EpochCallback(TrainerCallback):
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         if isinstance(train_dataloader.dataset, (TrainingImages, StreamedTrainingImages)):
             train_dataloader.dataset.set_epoch(int(state.epoch))
+
+
+class _PreemptionCallback(TrainerCallback):
+    """Saves a checkpoint and ends the training after SIGTERM."""
+
+    def __init__(self, trainer: "HydraViTTrainer"):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.preemption = Preemption().__enter__()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.preemption.is_near(self.trainer.accelerator):
+            control.should_save = control.should_training_stop = self.trainer.is_preempted = True
+            control.should_evaluate = False
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer.preemption.__exit__()
 
 
 @dataclass
@@ -69,7 +90,9 @@ class HydraViTTrainer(AveragingTrainer):
       ..., and their means `eval_mean_accuracy`, `eval_mean_loss`. It calls `compute_metrics`, if given, for each width.
       `predict` runs the default width.
     - With `ema_decay`, the averaged weights are evaluated and saved, and stay in the model after training.
-    - `train(resume_from_checkpoint=True)` goes on from the last checkpoint that was saved whole.
+    - `train(resume_from_checkpoint=True)` goes on from the last checkpoint that was saved whole. It refuses a run with
+      another seed, other labels or other data, and warns about another number of processes or batch size.
+    - After SIGTERM, `train` saves a checkpoint and ends the process with exit code 0.
     - When training ends, it writes the model card with a table of all widths into `output_dir`, if there is an
       `eval_dataset`.
 
@@ -85,6 +108,7 @@ class HydraViTTrainer(AveragingTrainer):
         self._user_metrics, self._user_preprocess = compute_metrics, preprocess_logits_for_metrics
         self._every_width = False
         self._step_loss: StepLoss | None = None
+        self.is_preempted = False
         super().__init__(
             *args,
             compute_metrics=self._compute_metrics,
@@ -96,6 +120,7 @@ class HydraViTTrainer(AveragingTrainer):
         config = self._config = self.model.config
         self._eval_heads = [config.check_num_heads(k) for k in self.args.eval_heads or config.subnetwork_heads]
         self.add_callback(_EpochCallback)
+        self.add_callback(_PreemptionCallback(self))
         if self.args.write_model_card and self.eval_dataset is not None:
             self.add_callback(ModelCardCallback(self._card_dataloader))
 
@@ -120,7 +145,39 @@ class HydraViTTrainer(AveragingTrainer):
         self._check_train_dataset()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_whole_checkpoint(Path(self.args.output_dir), self.args.world_size))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        self._run, self._batches = self._describe_run()
+        if resume_from_checkpoint:
+            self._check_resumed(Path(resume_from_checkpoint))
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.is_preempted:
+            raise SystemExit(0)
+        return output
+
+    def _describe_run(self) -> tuple[dict, dict]:
+        """The settings that a resumed run must share, and those that only change its batches."""
+        labels = [self._config.id2label[index] for index in sorted(self._config.id2label)]
+        run = {"seed": self.args.seed, "id2label": labels, "data": describe_data(self.train_dataset)}
+        accumulated = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        return run, {"processes": self.args.world_size, "images a step and process": accumulated}
+
+    def _check_resumed(self, checkpoint: Path):
+        file = checkpoint / RUN_FILE
+        if not file.exists():
+            return
+        previous = json.loads(file.read_text(encoding="utf-8"))
+        check_same_run(previous["run"], self._run, checkpoint)
+        for name, value in self._batches.items():
+            if value != previous["batches"].get(name):
+                logger.warning(
+                    f"Resuming with other {name}, {value} instead of {previous['batches'].get(name)}: the run sees other "
+                    "batches than one that was not stopped."
+                )
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:  # resumed at its end: `Trainer` would take one more step
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def _check_train_dataset(self):
         dataset = self.train_dataset
@@ -237,6 +294,8 @@ class HydraViTTrainer(AveragingTrainer):
     # --- Checkpoints and the card ---
 
     def _card_dataloader(self):
+        if self.is_preempted:  # there is no time for a card
+            return None
         datasets = self.eval_dataset
         return self.get_eval_dataloader(next(iter(datasets)) if isinstance(datasets, dict) else None)
 
@@ -250,3 +309,9 @@ class HydraViTTrainer(AveragingTrainer):
         if self.args.should_save:  # a run that was resumed from an earlier checkpoint writes over this one
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            settings = {"run": self._run, "batches": self._batches}
+            (Path(output_dir) / RUN_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
