@@ -2,18 +2,24 @@
 
 import json
 import math
+import tempfile
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.drawing import cheap, configs, configs_and_widths, costly, make
+from support.models import SIZES
 from transformers import AutoConfig, ViTConfig
 
 from hydravit_hf import HydraViTConfig
+from hydravit_hf.profiling import _count_macs_of
 
 SUBNETWORKS = {"subnetwork_heads": [2, 4, 6], "subnetwork_weights": [1.0, 2.5, 0.5]}
 
 
 def make_config(**kwargs) -> HydraViTConfig:
-    sizes = {"num_attention_heads": 6, "head_dim": 8, "num_hidden_layers": 2, "image_size": 16, "patch_size": 4}
-    return HydraViTConfig(**sizes | kwargs)
+    """A configuration of 6 heads, without `subnetwork_heads`."""
+    return HydraViTConfig(**SIZES | kwargs)
 
 
 def odds(config: HydraViTConfig) -> dict[int, float]:
@@ -75,22 +81,19 @@ def test_the_subnetworks_are_three_heads_and_more_or_all_where_fewer_are_held(nu
 # Saving and loading
 
 
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        {},
-        {**SUBNETWORKS, "num_heads_active": 5, "num_labels": 7},
-        {"subnetwork_heads": [1, 6], "separate_classifiers": True, "qkv_bias": False, "hidden_act": "relu"},
-        {"image_size": (8, 16), "patch_size": [2, 4], "num_channels": 1, "mlp_ratio": 2, "drop_path_rate": 0.1},
-    ],
-)
-def test_a_configuration_survives_its_json_file(tmp_path, kwargs):
-    config = make_config(**kwargs)
-    config.save_pretrained(tmp_path)
-    loaded = HydraViTConfig.from_pretrained(tmp_path)
-    assert loaded.to_dict() == config.to_dict()
-    for name, value in kwargs.items():
-        assert getattr(loaded, name) == (list(value) if isinstance(value, tuple) else value), name
+@cheap
+@given(configs())
+def test_a_configuration_survives_dictionaries_and_json(config):
+    values = config.to_dict()
+    assert HydraViTConfig.from_dict(values).to_dict() == values
+    assert HydraViTConfig(**values).to_dict() == values
+    again = HydraViTConfig.from_dict(json.loads(config.to_json_string()))
+    assert again.to_json_string() == config.to_json_string()
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        loaded = HydraViTConfig.from_pretrained(folder)
+    assert loaded.to_json_string() == config.to_json_string()
+    assert (loaded.hidden_size, loaded.patch_grid) == (config.hidden_size, config.patch_grid)
 
 
 def test_the_file_holds_the_dial_and_none_of_the_sizes_derived_from_it(tmp_path):
@@ -139,6 +142,31 @@ def test_overrides_are_checked(tmp_path, overrides, message):
     make_config().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
         HydraViTConfig.from_pretrained(tmp_path, **overrides)
+
+
+TEXTS = {
+    "truncated": lambda text: text[:100],
+    "empty": lambda text: "",
+    "no JSON": lambda text: "<html>Not found</html>",
+    "not text": lambda text: b"\xff\xfe\0",
+    "a list with the configuration": lambda text: f"[{text}]",
+    "null": lambda text: "null",
+    "a string": lambda text: '"hydravit"',
+    "not a number": lambda text: "NaN",
+    "brackets without end": lambda text: "[" * 10**5,
+    "a number of 5,000 digits": lambda text: text.replace('"head_dim": 8', f'"head_dim": {"9" * 5000}'),
+    "no values": lambda text: "{}",
+}
+
+
+@pytest.mark.parametrize("damage", TEXTS)
+def test_a_file_that_holds_no_configuration_is_an_error_that_names_it(tmp_path, damage):
+    make_config().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    damaged = TEXTS[damage](file.read_text())
+    file.write_bytes(damaged if isinstance(damaged, bytes) else damaged.encode())
+    with pytest.raises((OSError, ValueError), match=r"config\.json"):
+        HydraViTConfig.from_pretrained(tmp_path)
 
 
 def test_auto_config_knows_the_model_type(tmp_path):
@@ -206,10 +234,17 @@ def test_a_configuration_whose_widest_subnetwork_is_narrower_than_all_heads_is_r
     assert odds(config.resized(6)) == odds(config)
 
 
-@pytest.mark.parametrize(("first", "second"), [(5, 3), (4, 4), (3, 1), (7, 8)])
-def test_resizing_in_two_steps_is_resizing_in_one(first, second):
-    config = make_config(**SUBNETWORKS)
-    assert config.resized(first).resized(second).to_dict() == config.resized(second).to_dict()
+@cheap
+@given(configs_and_widths(), st.integers(1, 8))
+def test_resizing_in_two_steps_is_resizing_in_one_where_the_first_holds_the_second(pair, wider):
+    config, num_heads = pair
+    held = config.num_attention_heads
+    for first in {num_heads, max(num_heads, min(wider, held))}:
+        assert config.resized(first).resized(num_heads).to_dict() == config.resized(num_heads).to_dict()
+    grown = config.resized(held + wider)
+    assert grown.subnetwork_heads[: len(config.subnetwork_heads)] == config.subnetwork_heads
+    for first in (held + 1, held + wider):
+        assert config.resized(first).resized(held + wider).to_dict() == grown.to_dict()
 
 
 @pytest.mark.parametrize("num_heads", [1, 3, 6, 8])
@@ -244,12 +279,69 @@ def test_resizing_to_no_number_of_heads_is_an_error(num_heads):
 
 # Wrong values
 
+JUNK = ["4", 4.5, 2.0, True, False, None, [], {}, [4], {"a": 1}, -1, 0, 10**9, 10**30, "x", math.nan, math.inf]
+SIZE, RATE, FLAG = "must be a positive integer", "must be from 0 to below 1", "must be True or False"
+SIDES = f"{SIZE}|must be a number or a .height, width. pair"
+ARGUMENTS = {  # what the error says, and which of JUNK the argument may be
+    "num_attention_heads": (SIZE, []),
+    "head_dim": (SIZE, []),
+    "num_hidden_layers": (SIZE, []),
+    "mlp_ratio": (SIZE, []),
+    "num_channels": (SIZE, []),
+    "image_size": (SIDES, []),
+    "patch_size": (SIDES, []),
+    "num_heads_active": ("must be an integer from 1 to 6", [None]),
+    "subnetwork_heads": ("must be a list of head counts", [None, [4]]),
+    "subnetwork_weights": ("must hold one non-negative number for each of the 4 ", [None]),
+    "separate_classifiers": (FLAG, [True, False]),
+    "token_recycling": (FLAG, [True, False]),
+    "qkv_bias": (FLAG, [True, False]),
+    "hidden_act": ("must be the name of an activation", []),
+    "layer_norm_eps": ("must be from 0 to 1", [0]),
+    "hidden_dropout_prob": (RATE, [0]),
+    "attention_probs_dropout_prob": (RATE, [0]),
+    "drop_path_rate": (RATE, [0]),
+    "initializer_range": ("must be a positive number", [4.5, 2.0]),
+    "apply_layernorm": (FLAG, [True, False]),
+    "reshape_hidden_states": (FLAG, [True, False]),
+    "cascade": ("must have the keys 'num_heads' and 'thresholds'", [None]),
+    "dtype": ("must be one of float64, float32, ", [None]),
+    "hidden_size": ("disagrees with the 48 ", [None]),
+    "intermediate_size": ("disagrees with the 192 ", [None]),
+}
 
-@pytest.mark.parametrize("name", ["num_attention_heads", "head_dim", "num_hidden_layers", "mlp_ratio", "num_channels"])
-@pytest.mark.parametrize("value", [0, -1, True, False, 2.0, "3", [3]])
-def test_a_size_is_a_positive_integer(name, value):
-    with pytest.raises(ValueError, match=f"`{name}` must be a positive integer"):
-        make_config(**{name: value})
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_a_wrong_value_is_an_error_that_names_the_argument(tmp_path, name):
+    message, allowed = ARGUMENTS[name]
+    make_config(subnetwork_heads=[3, 4, 5, 6]).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    values = json.loads(file.read_text())
+    for junk in JUNK:
+        file.write_text(json.dumps(values | {name: junk}))
+        by_hand = {"subnetwork_heads": [3, 4, 5, 6], name: junk}
+        for build in (lambda by_hand=by_hand: make_config(**by_hand), lambda: HydraViTConfig.from_pretrained(tmp_path)):
+            if any(type(junk) is type(value) and junk == value for value in allowed):
+                build()
+            else:
+                with pytest.raises(ValueError, match=f"`{name}[`=].*({message})"):
+                    build()
+
+
+@pytest.mark.parametrize("name", ["id2label", "label2id", "num_labels"])
+def test_labels_that_are_none_are_an_error_that_names_the_argument(tmp_path, name):
+    make_config(num_labels=5).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    values = json.loads(file.read_text())
+    if name == "num_labels":  # counts where there are no names
+        del values["id2label"], values["label2id"]
+    for junk in ("4", 4.5, True, [4], -1, 10**9, "x", math.nan):
+        file.write_text(json.dumps(values | {name: junk}))
+        with pytest.raises(ValueError, match=f"`{name}` must be"):
+            HydraViTConfig.from_pretrained(tmp_path)
+    file.write_text(json.dumps(values | {"id2label": {"a": 1}}))
+    with pytest.raises(ValueError, match="invalid literal"):
+        HydraViTConfig.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["image_size", "patch_size"])
@@ -295,7 +387,7 @@ def test_subnetworks_are_in_increasing_order(heads):
         make_config(subnetwork_heads=heads)
 
 
-@pytest.mark.parametrize("heads", [[], (), 6, "346", {3, 4}, range(3, 7)])
+@pytest.mark.parametrize("heads", [(), "346", {3, 4}, range(3, 7)])
 def test_subnetworks_are_a_list_with_something_in_it(heads):
     with pytest.raises(ValueError, match="`subnetwork_heads` must be a list of head counts"):
         make_config(subnetwork_heads=heads)
@@ -345,3 +437,19 @@ def test_every_held_width_can_be_active_whether_trained_or_not():
     for num_heads in range(1, 7):
         assert make_config(**SUBNETWORKS, num_heads_active=num_heads).num_heads_active == num_heads
         assert make_config(**SUBNETWORKS).check_num_heads(num_heads) == num_heads
+
+
+# Costs
+
+
+@costly
+@given(configs_and_widths())
+def test_the_costs_in_closed_form_are_those_of_the_extracted_model(pair):
+    config, num_heads = pair
+    model, images = make(config)
+    extracted = model.extract_subnetwork(num_heads)
+    others = sum(parameter[:-1].numel() for parameter in extracted.classifier.parameters())
+    expected = extracted.num_parameters() - (others if config.separate_classifiers else 0)
+    assert config.count_parameters(num_heads) == expected
+    assert config.count_macs(num_heads) == extracted.config.count_macs(num_heads)
+    assert config.count_macs(num_heads) == _count_macs_of(model, images[:1], num_heads)

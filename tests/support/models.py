@@ -24,3 +24,14 @@ def spread(model):
 def make_model(**kwargs) -> HydraViTForImageClassification:
     """A model in evaluation mode; keyword arguments go to the configuration."""
     return spread(HydraViTForImageClassification(make_config(**kwargs))).eval()
+
+
+def blocks_of(model, num_heads: int) -> dict[str, tuple[slice, ...]]:
+    """The leading block of each parameter that a width owns, by the shapes of the extracted model."""
+    extracted = model.extract_subnetwork(num_heads).state_dict()
+    return {name: tuple(slice(size) for size in tensor.shape) for name, tensor in extracted.items()}
+
+
+def shapes(model) -> dict[str, tuple[int, ...]]:
+    """The shapes of the parameters by their names."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
