@@ -71,6 +71,24 @@ def run_without_the_package(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def disk(tmp_path):
+    """A folder on a file system of 3 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("this process may not mount a file system")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture
+def large_model(make_model):
+    """A model whose weights are 1.8 MB, and so fit once and not twice on the small disk."""
+    return make_model(head_dim=16, num_hidden_layers=4)
+
+
+@pytest.fixture
 def hydravit(monkeypatch, capsys):
     """Runs the command in this process. Returns its exit code, its standard output and its errors."""
 

@@ -2,41 +2,39 @@
 
 import json
 import os
-import struct
+import shutil
 import subprocess
 import sys
+import tempfile
+from functools import partial
 
 import pytest
 import torch
-from support.models import HEADS
-from safetensors.torch import load_file, save_file
+from hypothesis import given
+from hypothesis import strategies as st
+from support.disks import FULL, contents, fill, limited
+from support.drawing import configs, configs_and_widths, costly, make
+from support.models import HEADS, TRAVELLING, shapes
 from transformers import AutoModel, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
-from hydravit_hf import (
-    HydraViTConfig,
-    HydraViTForImageClassification,
-    HydraViTModel,
-    checkpoint_hydravit,
-    modeling_hydravit,
-)
+from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, HydraViTModel
+from hydravit_hf.model import checkpoint_hydravit, nesting_hydravit
 
 CLASSIFIER = HydraViTForImageClassification
+close = partial(torch.testing.assert_close, atol=1e-5, rtol=0)
 
 
-@pytest.fixture(params=[{}, {"separate_classifiers": True}], ids=["one classifier", "separate classifiers"])
+@pytest.fixture(params=[False, True], ids=["one classifier in one file", "separate classifiers in shards"])
 def any_model(request, make_model):
-    return make_model(**request.param)
+    return make_model(separate_classifiers=request.param)
 
 
-@pytest.fixture(params=["one file", "shards"])
-def folder(request, any_model, tmp_path):
-    any_model.save_pretrained(tmp_path, **{"max_shard_size": "20KB"} if request.param == "shards" else {})
-    assert (tmp_path / "model.safetensors").exists() == (request.param == "one file")
+@pytest.fixture
+def folder(any_model, tmp_path):
+    shards = any_model.config.separate_classifiers
+    any_model.save_pretrained(tmp_path, max_shard_size="20KB" if shards else "1GB")
+    assert (tmp_path / "model.safetensors").exists() != shards
     return tmp_path
-
-
-def shapes(model) -> dict:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("num_heads", HEADS)
@@ -62,6 +60,25 @@ def test_every_way_of_loading_a_width_agrees(any_model, folder, images, num_head
     torch.testing.assert_close(states, expected, atol=1e-5, rtol=0)
 
 
+@costly
+@given(configs_and_widths(), st.sampled_from([torch.float32, torch.bfloat16]), st.sampled_from(["1GB", "4KB"]))
+def test_a_width_from_disk_is_the_extracted_model_bit_by_bit(pair, dtype, max_shard_size):
+    config, num_heads = pair
+    model = make(config)[0].to(dtype)
+    expected = model.extract_subnetwork(num_heads)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        narrow = CLASSIFIER.from_pretrained(folder, num_attention_heads=num_heads)
+        active = CLASSIFIER.from_pretrained(folder, num_heads_active=num_heads)
+    assert narrow.config.subnetwork_heads == expected.config.subnetwork_heads
+    for loaded, origin in ((narrow, expected), (active, model)):
+        assert loaded.dtype == dtype
+        tensors = origin.state_dict()
+        assert loaded.state_dict().keys() == tensors.keys()
+        assert all(torch.equal(tensor, tensors[name]) for name, tensor in loaded.state_dict().items())
+    assert active.config.num_heads_active == num_heads
+
+
 def test_a_checkpoint_saved_from_any_of_them_loads_again_everywhere(any_model, folder, images, tmp_path_factory):
     expected = any_model(images, num_heads_active=2).logits
     for number, model in enumerate(
@@ -74,16 +91,7 @@ def test_a_checkpoint_saved_from_any_of_them_loads_again_everywhere(any_model, f
     ):
         again = tmp_path_factory.mktemp(str(number))
         model.save_pretrained(again)
-        assert {file.name for file in again.iterdir()} == {
-            "config.json",
-            "model.safetensors",
-            "cascade_hydravit.py",
-            "checkpoint_hydravit.py",
-            "configuration_hydravit.py",
-            "pipeline_hydravit.py",
-            "modeling_hydravit.py",
-            "parameters_hydravit.py",
-        }
+        assert {file.name for file in again.iterdir()} == {"config.json", "model.safetensors", *TRAVELLING}
         for loaded in (
             CLASSIFIER.from_pretrained(again, num_attention_heads=2),
             CLASSIFIER.from_pretrained(again, num_heads_active=2),
@@ -93,7 +101,7 @@ def test_a_checkpoint_saved_from_any_of_them_loads_again_everywhere(any_model, f
 
 
 def test_more_heads_than_the_checkpoint_has_keep_its_function(any_model, folder, images, caplog):
-    logger = modeling_hydravit.logger
+    logger = nesting_hydravit.logger
     logger.addHandler(caplog.handler)
     grown = CLASSIFIER.from_pretrained(folder, num_attention_heads=8)
     logger.removeHandler(caplog.handler)
@@ -107,6 +115,23 @@ def test_more_heads_than_the_checkpoint_has_keep_its_function(any_model, folder,
     encoder = HydraViTModel.from_pretrained(folder, num_attention_heads=8)
     states = any_model.hydravit(images, num_heads_active=6).last_hidden_state
     torch.testing.assert_close(encoder(images, num_heads_active=6).last_hidden_state, states, atol=1e-5, rtol=0)
+
+
+@costly
+@given(configs(), st.integers(1, 3))
+def test_what_was_grown_and_cut_again_is_the_original(config, more):
+    model, images = make(config)
+    held = config.num_attention_heads
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        grown = CLASSIFIER.from_pretrained(folder, num_attention_heads=held + more)
+    assert all(parameter.isfinite().all() for parameter in grown.parameters())
+    cut = grown.extract_subnetwork(held)
+    tensors = model.state_dict()
+    for name, tensor in cut.state_dict().items():
+        block = tuple(slice(size) for size in tensors[name].shape)
+        assert torch.equal(tensor[block], tensors[name]), name
+    close(cut(images).logits, model(images, num_heads_active=held).logits)
 
 
 def test_dtype_and_device_map_hold_at_every_width(any_model, folder):
@@ -180,7 +205,7 @@ def test_another_image_size_at_load_is_the_interpolation_of_every_call(any_model
         loaded.save_pretrained(again)
         reloaded = CLASSIFIER.from_pretrained(again)
         assert shapes(reloaded) == shapes(CLASSIFIER(loaded.config))
-        for num_heads in range(1, min(6, loaded.config.num_attention_heads) + 1):
+        for num_heads in {1, 3, min(6, loaded.config.num_attention_heads)}:
             expected = any_model(images, num_heads_active=num_heads, interpolate_pos_encoding=True).logits
             torch.testing.assert_close(loaded(images, num_heads_active=num_heads).logits, expected)
             torch.testing.assert_close(reloaded(images, num_heads_active=num_heads).logits, expected)
@@ -206,17 +231,6 @@ def test_another_image_size_keeps_the_dtype(make_model, tmp_path, dtype):
     for num_heads in (3, 6, 8):
         loaded = CLASSIFIER.from_pretrained(tmp_path, image_size=32, num_attention_heads=num_heads)
         assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
-
-
-def test_a_vit_starts_a_model_of_another_image_size(model):
-    vit = model.to_vit()
-    for size in (24, (8, 32)):
-        images = torch.randn(2, 3, *(size if isinstance(size, tuple) else (size, size)))
-        for num_heads in (4, 6, 8):
-            started = CLASSIFIER.from_vit(vit, num_attention_heads=num_heads, image_size=size)
-            found = started(images, num_heads_active=4).logits
-            expected = model(images, num_heads_active=4, interpolate_pos_encoding=True).logits
-            torch.testing.assert_close(found, expected)
 
 
 def test_another_image_size_from_the_cache_of_the_hub(model, tmp_path):
@@ -285,33 +299,6 @@ def test_a_misspelt_keyword_is_an_error(model, tmp_path):
         CLASSIFIER.from_pretrained(tmp_path, hidden_size=24)
 
 
-@pytest.mark.parametrize("num_heads", [3, 6])
-@pytest.mark.parametrize("damage", ["cut", "cut in the header", "empty", "header", "length", "text"])
-def test_a_damaged_file_is_an_error_that_names_it(model, tmp_path, num_heads, damage):
-    model.save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    data = file.read_bytes()
-    damaged = {
-        "cut": data[:-1000],
-        "cut in the header": data[:500],
-        "empty": b"",
-        "header": data[:20] + b"\xff" * 20 + data[40:],
-        "length": struct.pack("<Q", 2**60) + data[8:],
-        "text": b"<html>Not found</html>" * 100,
-    }
-    file.write_bytes(damaged[damage])
-    with pytest.raises(OSError, match=r"model\.safetensors' is not a whole safetensors file"):
-        CLASSIFIER.from_pretrained(tmp_path, num_attention_heads=num_heads)
-
-
-def test_a_missing_shard_is_an_error_that_names_it(model, tmp_path):
-    model.save_pretrained(tmp_path, max_shard_size="20KB")
-    next(tmp_path.glob("model-00002-*")).unlink()
-    for num_heads in (3, 6):
-        with pytest.raises(OSError, match="model-00002-of-"):
-            CLASSIFIER.from_pretrained(tmp_path, num_attention_heads=num_heads)
-
-
 def test_a_foreign_checkpoint_is_an_error(tmp_path):
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": 1}
     ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=4)).save_pretrained(tmp_path)
@@ -341,7 +328,7 @@ def test_a_second_save_replaces_the_first_and_leaves_no_file_of_it(make_model, t
         else:
             index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
             assert weights == set(index["weight_map"].values())
-        assert not (tmp_path / "_saving").exists()
+        assert not list(tmp_path.glob("_saving*"))
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert (tmp_path / "model-best-of-3.safetensors").read_text() == "mine too"
     assert not (tmp_path / "model.safetensors.index.json").exists()
@@ -400,40 +387,80 @@ print("whole after every kill")
 """
 
 
-@pytest.mark.parametrize("shard_size", ["1GB", "100KB"])
-def test_a_save_that_is_killed_leaves_the_last_checkpoint_whole(tmp_path, shard_size):
-    command = [sys.executable, "-c", KILL_WHILE_SAVING, str(tmp_path), shard_size, "40"]
+@pytest.mark.parametrize(
+    ("shard_size", "kills"),
+    [("100KB", 3), *(pytest.param(size, 40, marks=pytest.mark.slow) for size in ("1GB", "100KB"))],
+)
+def test_a_save_that_is_killed_leaves_the_last_checkpoint_whole(tmp_path, shard_size, kills):
+    command = [sys.executable, "-c", KILL_WHILE_SAVING, str(tmp_path), shard_size, str(kills)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.stdout == "whole after every kill\n", result.stderr[-2000:]
-    assert not (tmp_path / "_saving").exists()
-
-
-def test_the_row_reader_agrees_with_safetensors(tmp_path):
-    tensors = {
-        str(dtype): torch.randn(6, 5, 4).mul(10).to(dtype)
-        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
-    }
-    file = str(tmp_path / "tensors.safetensors")
-    save_file(tensors, file)
-    with open(file, "rb") as opened:
-        stored = checkpoint_hydravit.read_header(opened)
-        for name, tensor in load_file(file).items():
-            assert stored[name].shape == list(tensor.shape)
-            assert torch.equal(stored[name][:3, :2, :1], tensor[:3, :2, :1])
-            assert torch.equal(stored[name][:6, :5, :4], tensor)
+    assert not list(tmp_path.glob("_saving*"))
 
 
 def test_a_save_during_a_load_never_mixes_two_checkpoints(make_model, tmp_path, monkeypatch):
     old, new = make_model(), make_model()
     old.save_pretrained(tmp_path)
-    cut = modeling_hydravit.leading_blocks
+    cut = checkpoint_hydravit.leading_blocks
 
     def save_then_cut(stored, config):  # between the header and the data
         new.save_pretrained(tmp_path)
         return cut(stored, config)
 
-    monkeypatch.setattr(modeling_hydravit, "leading_blocks", save_then_cut)
+    monkeypatch.setattr(checkpoint_hydravit, "leading_blocks", save_then_cut)
     loaded = CLASSIFIER.from_pretrained(tmp_path, num_attention_heads=3)
     monkeypatch.undo()
     for name, tensor in old.extract_subnetwork(3).state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("max_shard_size", ["1GB", "300KB"])
+def test_a_save_on_a_full_disk_keeps_the_checkpoint_that_was_there(large_model, disk, max_shard_size):
+    folder = disk / "saved"
+    large_model.save_pretrained(folder, max_shard_size=max_shard_size)
+    before = contents(folder)
+    for parameter in large_model.parameters():
+        parameter.data += 1
+    with pytest.raises(OSError, match=FULL):
+        large_model.save_pretrained(folder, max_shard_size=max_shard_size)
+    assert contents(folder) == before
+    assert not list(folder.glob("_saving*"))
+    with pytest.raises(OSError, match=FULL):
+        large_model.extract_subnetwork(5).save_pretrained(disk / "other")
+    assert contents(disk / "other") == {}
+    blocks = fill(disk)
+    with pytest.raises(OSError, match=FULL):
+        large_model.extract_subnetwork(1).save_pretrained(folder)
+    assert contents(folder) == before
+    blocks.unlink()
+    loaded = CLASSIFIER.from_pretrained(folder)
+    for old, new in zip(loaded.parameters(), large_model.parameters(), strict=True):
+        assert torch.equal(old + 1, new)
+    del loaded, old  # they are mapped from the file
+    shutil.rmtree(folder)
+    large_model.save_pretrained(folder, max_shard_size=max_shard_size)  # with room again, it works again
+
+
+def test_a_save_of_too_large_a_file_keeps_the_checkpoint_that_was_there(large_model, tmp_path):
+    large_model.save_pretrained(tmp_path)
+    before = contents(tmp_path)
+    said = limited(
+        f"model = HydraViTForImageClassification.from_pretrained({str(tmp_path)!r})",
+        f"model.save_pretrained({str(tmp_path)!r})",
+    )
+    assert "OSError" in said and "too large" in said
+    assert contents(tmp_path) == before
+
+
+def test_weights_under_another_name_load_at_every_width(model, images, tmp_path):
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "best.safetensors")
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | {"transformers_weights": "best.safetensors"}))
+    for num_heads in (3, 6, 8):
+        loaded = CLASSIFIER.from_pretrained(tmp_path, num_attention_heads=num_heads)
+        expected = model(images, num_heads_active=3).logits
+        close(loaded(images, num_heads_active=3).logits, expected)
+    (tmp_path / "config.json").write_text(json.dumps(values | {"transformers_weights": "../best.safetensors"}))
+    with pytest.raises(ValueError, match="`transformers_weights` must name a safetensors file or index"):
+        CLASSIFIER.from_pretrained(tmp_path)

@@ -5,7 +5,6 @@ transformers, and stands in its loading info.
 """
 
 import json
-import math
 import resource
 import shutil
 import struct
@@ -13,12 +12,14 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageClassification, ViTForImageClassification
+from support.drawing import SAME_EACH_TIME
+from transformers import AutoModelForImageClassification
 
 from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, HydraViTModel
+from hydravit_hf.model.files_hydravit import read_header
 
 CLASSIFIER = HydraViTForImageClassification
 REFUSED = (OSError, ValueError, RuntimeError)
@@ -28,13 +29,8 @@ LOADS = {
     "active": {"num_heads_active": 2},
     "growing": {"num_attention_heads": 6},
 }
-FUZZ = settings(
-    derandomize=True,
-    deadline=None,
-    database=None,
-    max_examples=60,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+FUZZ = settings(**SAME_EACH_TIME, max_examples=40)
+NOT_WHOLE = r"model\.safetensors' is not a whole safetensors file: ."
 QUERY, CLASS_TOKEN = "layers.1.attention.q_proj.weight", "embeddings.cls_token"
 
 
@@ -119,37 +115,31 @@ def replace_text(old: str, new: str):
 
 
 HEADERS = {
-    "one byte less": lambda header, data: join(header, data[:-1]),
+    "a byte less": lambda header, data: join(header, data[:-1]),
     "bytes after the last tensor": lambda header, data: join(header, data + bytes(16)),
     "a hole before the first tensor": shift_all,
     "two tensors in one place": share_data,
     "data before the file": set_entry("data_offsets", lambda offsets: [offset - 10**6 for offset in offsets]),
-    "data in the header": set_entry("data_offsets", lambda offsets: [offsets[0] - offsets[1], 0]),
-    "data after the file": set_entry("data_offsets", lambda offsets: [offset + 10**9 for offset in offsets]),
     "data that ends before it begins": set_entry("data_offsets", lambda offsets: offsets[::-1]),
     "offsets of another type": set_entry("data_offsets", lambda offsets: [float(offset) for offset in offsets]),
     "three offsets": set_entry("data_offsets", lambda offsets: [*offsets, 0]),
     "no offsets": set_entry("data_offsets", None),
     "an unknown dtype": set_entry("dtype", "F33"),
     "a narrower dtype": set_entry("dtype", "F16"),
-    "no dtype": set_entry("dtype", None),
     "a list as dtype": set_entry("dtype", ["F32"]),
     "a negative shape": set_entry("shape", [-32, -32]),
-    "a fractional shape": set_entry("shape", [32.0, 32]),
     "a shape of strings": set_entry("shape", ["32", "32"]),
     "no shape": set_entry("shape", None),
-    "a scalar's shape": set_entry("shape", []),
-    "an empty shape": set_entry("shape", [0, 32]),
     "an entry that is a list": replace_text('{"dtype"', '[{"dtype"'),
+    "metadata that is no text": lambda header, data: join(header | {"__metadata__": {"format": 1}}, data),
     "a header that is a list": lambda header, data: join(b"[]", data),
-    "a header that is null": lambda header, data: join(b"null", data),
     "a header without end": lambda header, data: join(b"[" * 10**5, data),
     "a header that is not text": lambda header, data: join(b"\xff" * 100, data),
     "an empty header": lambda header, data: join(b"", data),
     "no header": lambda header, data: b"",
     "half a length": lambda header, data: b"\x10\0\0",
-    "a negative length": lambda header, data: struct.pack("<q", -1) + data,
-    "a huge length": lambda header, data: struct.pack("<Q", 2**40) + data,
+    "a huge length": lambda header, data: struct.pack("<Q", 2**60) + data,
+    "another file": lambda header, data: b"<html>Not found</html>" * 100,
 }
 
 
@@ -157,7 +147,25 @@ HEADERS = {
 def test_a_damaged_header_is_an_error_that_names_the_file(folder, damage):
     file = folder / "model.safetensors"
     file.write_bytes(HEADERS[damage](*split(file.read_bytes())))
-    refused(folder, r"model\.safetensors' is not a whole safetensors file: .")
+    with open(file, "rb") as opened, pytest.raises(OSError, match=NOT_WHOLE):
+        read_header(opened)
+    with pytest.raises(OSError, match=NOT_WHOLE):
+        CLASSIFIER.from_pretrained(folder)
+
+
+def test_the_row_reader_agrees_with_safetensors(tmp_path):
+    tensors = {
+        str(dtype): torch.randn(6, 5, 4).mul(10).to(dtype)
+        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
+    }
+    file = str(tmp_path / "tensors.safetensors")
+    save_file(tensors, file)
+    with open(file, "rb") as opened:
+        stored = read_header(opened)
+        for name, tensor in load_file(file).items():
+            assert stored[name].shape == list(tensor.shape)
+            assert torch.equal(stored[name][:3, :2, :1], tensor[:3, :2, :1])
+            assert torch.equal(stored[name][:6, :5, :4], tensor)
 
 
 def test_a_file_that_is_cut_anywhere_is_an_error_that_names_it(folder):
@@ -175,7 +183,7 @@ def test_a_file_that_is_cut_anywhere_is_an_error_that_names_it(folder):
     @example(len(data) - 1)
     def check(size):
         file.write_bytes(data[:size])
-        refused(folder, r"model\.safetensors' is not a whole safetensors file")
+        refused(folder, NOT_WHOLE)
 
     check()
 
@@ -218,32 +226,22 @@ def double(tensor, dim: int):
 
 SHAPES = {
     "a row less": set_tensor(QUERY, lambda tensor: tensor[:-1]),
-    "a column less": set_tensor(QUERY, lambda tensor: tensor[:, :-1]),
     "rows of three heads": set_tensor(QUERY, lambda tensor: tensor[:24]),
     "a narrower block": set_tensor(QUERY, lambda tensor: tensor[:16, :16]),
-    "twice the rows": set_tensor(QUERY, partial(double, dim=0)),
     "twice the columns": set_tensor(QUERY, partial(double, dim=1)),
     "another order": set_tensor(QUERY, lambda tensor: tensor.view(16, 64)),
     "flat": set_tensor(QUERY, lambda tensor: tensor.flatten()),
-    "a dimension more": set_tensor(QUERY, lambda tensor: tensor[None]),
     "nothing": set_tensor(QUERY, lambda tensor: tensor[:0]),
     "integers": set_tensor(QUERY, lambda tensor: tensor.int()),
-    "truth values": set_tensor(QUERY, lambda tensor: tensor.bool()),
     "a transposed matrix": set_tensor("layers.1.mlp.fc1.weight", lambda tensor: tensor.T),
-    "an MLP twice as wide": set_tensor("layers.1.mlp.fc1.weight", partial(double, dim=0)),
     "a longer norm": set_tensor("layernorm_before.weight", partial(double, dim=0)),
-    "a shorter bias": set_tensor("o_proj.bias", lambda tensor: tensor[:-1]),
     "a flat class token": set_tensor(CLASS_TOKEN, lambda tensor: tensor.flatten()),
-    "a transposed class token": set_tensor(CLASS_TOKEN, lambda tensor: tensor.mT),
     "two class tokens": set_tensor(CLASS_TOKEN, partial(double, dim=1)),
     "a wider class token": set_tensor(CLASS_TOKEN, partial(double, dim=2)),
     "a narrower class token": set_tensor(CLASS_TOKEN, lambda tensor: tensor[..., :16]),
     "a position less": set_tensor("position_embeddings", lambda tensor: tensor[:, :-1]),
-    "more input channels": set_tensor("projection.weight", partial(double, dim=1)),
     "other patches": set_tensor("projection.weight", partial(double, dim=3)),
     "a label less": set_tensor("classifier.weight", lambda tensor: tensor[:-1]),
-    "a label's bias less": set_tensor("classifier.bias", lambda tensor: tensor[:-1]),
-    "a narrower classifier": set_tensor("classifier.weight", lambda tensor: tensor[:, :16]),
     "a stack of classifiers": set_tensor("classifier.weight", lambda tensor: tensor[None]),
 }
 
@@ -255,32 +253,22 @@ def change_tensors(file, damage):
 
 
 @pytest.mark.parametrize("damage", SHAPES)
-def test_a_wrong_shape_or_dtype_is_an_error_that_names_the_tensor(folder, damage):
+def test_a_wrong_shape_or_dtype_is_an_error_that_names_the_tensor(model, folder, images, damage):
     file = folder / "model.safetensors"
     before = {name: (tensor.shape, tensor.dtype) for name, tensor in load_file(file).items()}
     change_tensors(file, SHAPES[damage])
     after = load_file(file)
     (changed,) = [name for name in before if before[name] != (after[name].shape, after[name].dtype)]
-    refused(folder, f"^'{changed}' is of .* in the weights; by config.json")
-    refused(folder, f"^'{changed}' is of", AutoModelForImageClassification.from_pretrained)
-    with pytest.raises(RuntimeError, match=changed) if "classifier" not in changed else pytest.raises(RuntimeError):
-        HydraViTModel.from_pretrained(folder)
-
-
-@pytest.mark.parametrize("damage", HEADERS | SHAPES)
-def test_what_a_stock_vit_refuses_is_refused(model, folder, tmp_path, damage):
-    vit = model.to_vit()
-    vit.config.save_pretrained(tmp_path / "vit")
-    save_file(vit.state_dict(), tmp_path / "vit" / "model.safetensors", {"format": "pt"})
-    for file in (tmp_path / "vit" / "model.safetensors", folder / "model.safetensors"):
-        if damage in SHAPES:
-            change_tensors(file, SHAPES[damage])
-        else:
-            file.write_bytes(HEADERS[damage](*split(file.read_bytes())))
-    try:
-        ViTForImageClassification.from_pretrained(tmp_path / "vit")
-    except Exception:
-        refused(folder, ".")
+    message = f"^'{changed}' is of .* in the weights; by config.json"
+    refused(folder, message)
+    with pytest.raises(RuntimeError, match=message):
+        AutoModelForImageClassification.from_pretrained(folder, num_attention_heads=2)
+    if changed.startswith("hydravit."):
+        with pytest.raises(RuntimeError, match=message):
+            HydraViTModel.from_pretrained(folder)
+    else:  # the encoder has no classifier that could be wrong
+        states = HydraViTModel.from_pretrained(folder)(images).last_hidden_state
+        torch.testing.assert_close(states, model.hydravit(images).last_hidden_state)
 
 
 @pytest.mark.parametrize("damage", [rename("layers.1.", "layers.2."), rename("layers.1.", "other.")])
@@ -359,11 +347,9 @@ def test_a_tensor_of_another_precision_is_used(model, folder, images, dtype):
 INDICES = {
     "no JSON": lambda index: "{nonsense",
     "not text": lambda index: b"\xff\xfe\0",
-    "nothing": lambda index: "",
     "brackets without end": lambda index: "[" * 10**5,
     "a list": lambda index: [1, 2],
     "null": lambda index: None,
-    "a number": lambda index: 3,
     "no weight_map": lambda index: {"metadata": index["metadata"]},
     "no metadata": lambda index: {"weight_map": index["weight_map"]},
     "metadata that is a list": lambda index: index | {"metadata": [1]},
@@ -371,11 +357,8 @@ INDICES = {
     "a map that is a list": lambda index: index | {"weight_map": list(index["weight_map"])},
     "an empty map": lambda index: index | {"weight_map": {}},
     "a map to numbers": lambda index: index | {"weight_map": dict.fromkeys(index["weight_map"], 3)},
-    "a map to nothing": lambda index: index | {"weight_map": dict.fromkeys(index["weight_map"], "")},
     "a map to lists": lambda index: index | {"weight_map": {name: ["a.safetensors"] for name in index["weight_map"]}},
-    "a map to its folder": lambda index: index | {"weight_map": dict.fromkeys(index["weight_map"], ".")},
     "a map to the folder above": lambda index: index | {"weight_map": dict.fromkeys(index["weight_map"], "..")},
-    "a map to another file": lambda index: index | {"weight_map": dict.fromkeys(index["weight_map"], "config.json")},
 }
 
 
@@ -386,7 +369,8 @@ def test_a_damaged_index_is_an_error_that_names_it(shards, damage):
     if not isinstance(damaged, (bytes, str)):
         damaged = json.dumps(damaged)
     file.write_bytes(damaged if isinstance(damaged, bytes) else damaged.encode())
-    refused(shards, r"model\.safetensors\.index\.json' is not an index of shards: .")
+    with pytest.raises(OSError, match=r"model\.safetensors\.index\.json' is not an index of shards: ."):
+        CLASSIFIER.from_pretrained(shards, num_attention_heads=2)
 
 
 def point_index(shards, name: str):
@@ -440,109 +424,30 @@ def test_which_shard_an_index_names_for_a_tensor_does_not_matter(model, shards, 
 
 # The configuration
 
-TEXTS = {
-    "truncated": lambda text: text[:100],
-    "empty": lambda text: "",
-    "no JSON": lambda text: "<html>Not found</html>",
-    "not text": lambda text: b"\xff\xfe\0",
-    "a list": lambda text: "[]",
-    "a list with the configuration": lambda text: f"[{text}]",
-    "a number": lambda text: "3",
-    "null": lambda text: "null",
-    "a string": lambda text: '"hydravit"',
-    "not a number": lambda text: "NaN",
-    "brackets without end": lambda text: "[" * 10**5,
-    "a number of 5,000 digits": lambda text: text.replace('"head_dim": 8', f'"head_dim": {"9" * 5000}'),
-    "no values": lambda text: "{}",
-}
 
-
-@pytest.mark.parametrize("damage", TEXTS)
-def test_a_configuration_that_is_none_is_an_error_that_names_the_file(folder, damage):
-    file = folder / "config.json"
-    damaged = TEXTS[damage](file.read_text())
-    file.write_bytes(damaged if isinstance(damaged, bytes) else damaged.encode())
-    refused(folder, r"config\.json")
-    refused(folder, r"config\.json", HydraViTConfig.from_pretrained)
-
-
-def test_weights_without_a_configuration_are_no_default_model(folder):
+def test_a_folder_without_a_configuration_is_no_default_model(folder):
+    (folder / "config.json").write_text("{}")
+    refused(folder, r"has no config\.json, or an empty one")
+    (folder / "config.json").write_text("<html>Not found</html>")
+    refused(folder, r"config\.json' is not a valid JSON file")
     (folder / "config.json").unlink()
-    refused(folder, "has no config.json")
-
-
-JUNK = ["4", 4.5, True, None, [], {}, [4], {"a": 1}, -1, 0, 10**9, 10**30, "x", math.nan, math.inf]
-FIELDS = {  # what of JUNK they may be
-    "num_attention_heads": [],
-    "head_dim": [],
-    "num_hidden_layers": [],
-    "mlp_ratio": [],
-    "num_channels": [],
-    "image_size": [],
-    "patch_size": [],
-    "num_heads_active": [None],
-    "subnetwork_heads": [None, [4]],
-    "subnetwork_weights": [None],
-    "separate_classifiers": [],
-    "qkv_bias": [True],
-    "hidden_act": [],
-    "layer_norm_eps": [0],
-    "hidden_dropout_prob": [0],
-    "attention_probs_dropout_prob": [0],
-    "drop_path_rate": [0],
-    "initializer_range": [4.5],
-    "apply_layernorm": [True],
-    "reshape_hidden_states": [True],
-    "cascade": [None],
-    "dtype": [None],
-    "hidden_size": [None],
-    "model_type": [],
-}
-
-
-@pytest.mark.parametrize("name", FIELDS)
-def test_a_wrong_type_or_a_huge_number_is_an_error_that_names_the_field(model, folder, images, name):
-    file = folder / "config.json"
-    values = json.loads(file.read_text())
-    for junk in JUNK:
-        file.write_text(json.dumps(values | {name: junk}))
-        if junk in FIELDS[name] and type(junk) in map(type, FIELDS[name]):
-            assert is_right(model, folder, images)
-            CLASSIFIER.from_pretrained(folder)
-        else:
-            elsewhere = {"model_type": "checkpoint of type", "separate_classifiers": r"'classifier[.]\w+' is of"}
-            refused(folder, f"`{name}[`=]|{elsewhere.get(name, name)}")
-
-
-@pytest.mark.parametrize("name", ["id2label", "label2id", "num_labels"])
-def test_labels_that_are_none_are_an_error_that_names_the_field(folder, name):
-    file = folder / "config.json"
-    values = json.loads(file.read_text())
-    if name == "num_labels":  # counts where there are no names
-        del values["id2label"], values["label2id"]
-    for junk in ("4", 4.5, True, [4], -1, 10**9, "x", math.nan):
-        file.write_text(json.dumps(values | {name: junk}))
-        if name == "num_labels" and junk is True:
-            refused(folder, "classifier.weight|num_labels")
-        else:
-            refused(folder, f"`{name}` must be")
-    file.write_text(json.dumps(values | {"id2label": {"a": 1}}))
-    refused(folder, "invalid literal")
+    refused(folder, r"has no config\.json")
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("separate_classifiers", True),
         ("num_attention_heads", 10**5),
         ("head_dim", 10**5),
-        ("num_hidden_layers", 10**5),
+        ("num_hidden_layers", 3 * 10**4),
         ("mlp_ratio", 10**5),
         ("num_channels", 10**5),
         ("image_size", 4 * 10**5),
-        ("num_labels", 10**5),
+        ("num_labels", 2 * 10**4),
     ],
 )
-def test_a_configuration_too_large_for_its_weights_allocates_nothing(folder, name, value):
+def test_a_configuration_that_disagrees_with_its_weights_is_an_error_and_allocates_nothing(folder, name, value):
     file = folder / "config.json"
     values = json.loads(file.read_text())
     if name == "num_labels":

@@ -1,11 +1,15 @@
 """The tiny models of the tests: 6 heads of 8 channels, 2 layers, 16 patches."""
 
+from pathlib import Path
+
 import torch
 
+import hydravit_hf.model
 from hydravit_hf import HydraViTConfig, HydraViTForImageClassification
 
 HEADS = range(1, 7)
 SIZES = {"num_attention_heads": 6, "head_dim": 8, "num_hidden_layers": 2, "image_size": 16, "patch_size": 4}
+TRAVELLING = {file.name for file in Path(hydravit_hf.model.__file__).parent.glob("*_hydravit.py")}
 
 
 def make_config(**kwargs) -> HydraViTConfig:
