@@ -12,9 +12,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from support.disks import FULL, contents, fill, limited
 from support.drawing import configs, configs_and_widths, costly, make
-from support.models import HEADS, TRAVELLING, shapes
+from support.models import EARLIER_CHECKPOINT, HEADS, TRAVELLING, shapes
 from transformers import AutoModel, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, HydraViTModel
@@ -77,6 +78,26 @@ def test_a_width_from_disk_is_the_extracted_model_bit_by_bit(pair, dtype, max_sh
         assert loaded.state_dict().keys() == tensors.keys()
         assert all(torch.equal(tensor, tensors[name]) for name, tensor in loaded.state_dict().items())
     assert active.config.num_heads_active == num_heads
+
+
+def test_a_checkpoint_of_the_version_before_gives_its_logits_at_every_width(tmp_path):
+    folder = shutil.copytree(EARLIER_CHECKPOINT, tmp_path / "earlier")
+    expected = load_file(folder / "expected.safetensors")
+    images = expected["pixel_values"]
+    full = CLASSIFIER.from_pretrained(folder)
+    for num_heads in HEADS:
+        for loaded, active in (
+            (full, num_heads),
+            (CLASSIFIER.from_pretrained(folder, num_heads_active=num_heads), None),
+            (CLASSIFIER.from_pretrained(folder, num_attention_heads=num_heads), None),
+            (AutoModelForImageClassification.from_pretrained(folder, num_attention_heads=num_heads), None),
+        ):
+            close(loaded(images, num_heads_active=active).logits, expected[f"logits.{num_heads}"])
+    outputs = full.cascade(images)
+    close(outputs.logits, expected["cascade.logits"])
+    assert torch.equal(outputs.num_heads, expected["cascade.num_heads"])
+    full.save_pretrained(folder)  # by the new code, over the old one
+    close(CLASSIFIER.from_pretrained(folder, num_attention_heads=3)(images).logits, expected["logits.3"])
 
 
 def test_a_checkpoint_saved_from_any_of_them_loads_again_everywhere(any_model, folder, images, tmp_path_factory):

@@ -1,11 +1,15 @@
-"""A saved folder works by `trust_remote_code=True` in a process that has no hydravit_hf."""
+"""A saved folder works with `trust_remote_code=True` in a process that has no hydravit_hf."""
+
+import shutil
 
 import pytest
 import torch
+from support.models import EARLIER_CHECKPOINT, HEADS, TRAVELLING
+from support.thresholds import splitting
 
 from hydravit_hf.image_processing import make_image_processor
 
-WITHOUT_THE_PACKAGE = """
+EVERYTHING = """
 import sys
 import torch
 from PIL import Image
@@ -76,21 +80,84 @@ loss.backward()
 """
 
 
-@pytest.mark.parametrize("separate_classifiers", [False, True])
+@pytest.mark.parametrize("separate_classifiers", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_folder_loads_where_the_package_is_not_installed(
     make_model, images, tmp_path, run_without_the_package, separate_classifiers
 ):
     model = make_model(separate_classifiers=separate_classifiers)
     model.save_pretrained(tmp_path / "saved")
     make_image_processor(model.config).save_pretrained(tmp_path / "saved")
-    expected = {k: model(images, num_heads_active=k).logits.detach() for k in range(1, 7)}
+    expected = {num_heads: model(images, num_heads_active=num_heads).logits.detach() for num_heads in HEADS}
     torch.save({"images": images, **expected}, tmp_path / "saved" / "expected.pt")
-    run_without_the_package(WITHOUT_THE_PACKAGE, tmp_path / "saved", tmp_path / "again")
-    assert {file.name for file in (tmp_path / "again").glob("*.py")} == {
-        "cascade_hydravit.py",
-        "checkpoint_hydravit.py",
-        "configuration_hydravit.py",
-        "modeling_hydravit.py",
-        "parameters_hydravit.py",
-        "pipeline_hydravit.py",
-    }
+    run_without_the_package(EVERYTHING, tmp_path / "saved", tmp_path / "again")
+    assert {file.name for file in (tmp_path / "again").glob("*.py")} == TRAVELLING
+
+
+CASCADES = """
+import sys
+import torch
+from PIL import Image
+from transformers import AutoModelForImageClassification, pipeline
+
+image = Image.radial_gradient("L").convert("RGB")
+for folder in sys.argv[1:]:
+    expected = torch.load(f"{folder}/expected.pt", weights_only=True)
+    images, heads = expected["images"], expected["heads"]
+    model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
+    model.save_pretrained(f"{folder}/again")
+    for path in (folder, f"{folder}/again"):
+        model = AutoModelForImageClassification.from_pretrained(path, trust_remote_code=True)
+        outputs = model.cascade(images)
+        torch.testing.assert_close(outputs.logits, expected["logits"])
+        assert torch.equal(outputs.num_heads, expected["num_heads"])
+        small = AutoModelForImageClassification.from_pretrained(path, trust_remote_code=True, num_attention_heads=3)
+        torch.testing.assert_close(small(images).logits, model(images, num_heads_active=3).logits)
+        pipe = pipeline("hydravit-image-classification", path, image_processor=folder, trust_remote_code=True)
+        assert pipe(image, num_heads_active=heads, thresholds=0)[0]["num_heads"] == 6
+        assert pipe(image, num_heads_active="cascade")[0]["macs"] > 0
+"""
+
+
+def test_cascades_and_recycled_tokens_work_where_the_package_is_not_installed(
+    make_model, many, tmp_path, run_without_the_package
+):
+    heads = [1, 3, 6]
+    for name, options in (("plain", {}), ("recycling", {"subnetwork_heads": heads, "token_recycling": True})):
+        model, folder = make_model(**options), tmp_path / name
+        model.config.cascade = {"num_heads": heads, "thresholds": splitting(model, many, heads)}
+        model.save_pretrained(folder)
+        make_image_processor(model.config).save_pretrained(folder)
+        outputs = model.cascade(many)
+        expected = {"images": many, "heads": heads, "logits": outputs.logits, "num_heads": outputs.num_heads}
+        torch.save(expected, folder / "expected.pt")
+    run_without_the_package(CASCADES, tmp_path / "plain", tmp_path / "recycling")
+    assert {file.name for file in (tmp_path / "recycling" / "again").glob("*.py")} == TRAVELLING
+
+
+EARLIER = """
+import sys
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification
+
+folder = sys.argv[1]
+expected = load_file(f"{folder}/expected.safetensors")
+images = expected["pixel_values"]
+load = AutoModelForImageClassification.from_pretrained
+full = load(folder, trust_remote_code=True)
+for k in range(1, 7):
+    for logits in (
+        full(images, num_heads_active=k).logits,
+        load(folder, trust_remote_code=True, num_heads_active=k)(images).logits,
+        load(folder, trust_remote_code=True, num_attention_heads=k)(images).logits,
+    ):
+        torch.testing.assert_close(logits, expected[f"logits.{k}"], atol=1e-5, rtol=0)
+outputs = full.cascade(images)
+torch.testing.assert_close(outputs.logits, expected["cascade.logits"], atol=1e-5, rtol=0)
+assert torch.equal(outputs.num_heads, expected["cascade.num_heads"])
+"""
+
+
+def test_a_checkpoint_of_the_version_before_works_with_its_own_code(tmp_path, run_without_the_package):
+    folder = shutil.copytree(EARLIER_CHECKPOINT, tmp_path / "earlier")
+    run_without_the_package(EARLIER, folder)
