@@ -1,7 +1,7 @@
-"""transformers' own common model tests pass for both classes, as they do for ViT.
+"""The common model tests of transformers pass for both classes, as they do for ViT.
 
-They are not in its wheel: the source distribution of the installed version is fetched from the package index, once,
-into pytest's cache.
+They are not in its wheel. The source distribution of the installed version is therefore fetched from the package index,
+once, into pytest's cache.
 """
 
 import os
@@ -36,7 +36,7 @@ def common_tests(pytestconfig):
 
 @pytest.mark.slow
 def test_the_common_tests_of_transformers_pass(common_tests):
-    file = Path(__file__).with_name("transformers_common.py")
+    file = Path(__file__).parents[1] / "support" / "transformers_common.py"
     command = [sys.executable, "-m", "pytest", str(file), "--quiet", "-p", "no:cacheprovider"]
     command += ["-o", "filterwarnings=", "-o", "addopts="]  # their warnings and markers are theirs
     environment = os.environ | {"TRANSFORMERS_TESTS": str(common_tests)}
