@@ -1,8 +1,8 @@
-"""Who imports whom, and what travels with a checkpoint."""
+"""Imports point one way, and what travels with a checkpoint needs nothing of the package around it."""
 
 import ast
 import sys
-from itertools import chain
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -10,81 +10,124 @@ from transformers.dynamic_module_utils import get_imports
 
 import hydravit_hf
 
-PACKAGE = Path(__file__).parents[1] / "hydravit_hf"
-# Each file imports from those above it only; files of one line don't import each other.
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "hydravit_hf"
+# The files of model/ without "_hydravit", and what each of them imports of the others. Each is below what it imports.
+MODEL = {
+    "configuration": set(),
+    "files": set(),
+    "fetching": set(),
+    "recycling": set(),
+    "nesting": {"configuration"},
+    "cascade": {"configuration"},
+    "images": {"fetching"},
+    "pipeline": {"images"},
+    "vit": {"configuration", "nesting"},
+    "checkpoint": {"configuration", "files", "nesting", "pipeline"},
+    "modeling": {"configuration", "nesting", "vit", "checkpoint", "recycling", "cascade"},
+}
+TRAVELLING = [f"model.{name}_hydravit" for name in MODEL]
+# The other files import what is in lines above theirs, and nothing of their own line.
 LAYERS = [
-    ["checkpoint_hydravit", "configuration_hydravit", "pipeline_hydravit"],
-    ["cascade_hydravit", "parameters_hydravit"],
-    ["modeling_hydravit", "image_processing", "subnetwork_accuracy", "reporting", "onnx_graphs"],
+    ["model.__init__", *TRAVELLING],
+    ["folders", "image_processing", "metrics", "onnx_graphs", "reporting"],
+    ["convert_checkpoint", "data", "evaluation", "export", "hub"],
     [
-        "augmentation",
-        "convert_checkpoint",
-        "data",
-        "evaluation",
-        "export",
-        "hub",
-        "optimization",
-        "profiling",
-        "training",
+        "training.__init__",
+        *(f"training.{name}" for name in ("augmentation", "averaging", "optimizer", "runs", "steps")),
     ],
-    ["cascade", "model_card", "trainer"],
+    ["profiling", "training.arguments"],
+    ["cascade", "model_card"],
+    ["training.trainer"],
     ["cli"],
     ["__init__"],
 ]
+NEEDED_BY_TRANSFORMERS = {"numpy", "safetensors", "torch"}
+MODULES = {".".join(file.relative_to(PACKAGE).with_suffix("").parts): file for file in PACKAGE.rglob("*.py")}
 
 
-def imports(module: str, relative: bool) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and bool(node.level) == relative:
-            found.add(node.module)
-        elif isinstance(node, ast.Import) and not relative:
-            found |= {alias.name for alias in node.names}
-    return {name.partition(".")[0] for name in found}
+def imports(node: ast.AST, module: str) -> tuple[set[str], set[str]]:
+    """The modules of the package, and the top-level names of other packages, that a part of a module imports."""
+    own, others = set(), set()
+    for statement in ast.walk(node):
+        if isinstance(statement, ast.Import):
+            others |= {alias.name.partition(".")[0] for alias in statement.names}
+        elif isinstance(statement, ast.ImportFrom) and not statement.level:
+            others.add(statement.module.partition(".")[0])
+        elif isinstance(statement, ast.ImportFrom):
+            folder = module.split(".")[: -statement.level]
+            names = [statement.module] if statement.module else [alias.name for alias in statement.names]
+            own |= {".".join([*folder, name]) for name in names}
+    return own, others
 
 
-def test_files_import_downwards_only():
-    assert sorted(chain(*LAYERS)) == sorted(file.stem for file in PACKAGE.glob("*.py"))
-    for number, layer in enumerate(LAYERS):
-        below = set(chain(*LAYERS[:number]))
-        for module in layer:
-            assert imports(module, relative=True) <= below, module
+def tree(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text(encoding="utf-8"))
 
 
-def test_what_travels_imports_what_transformers_needs_and_each_other_only():
-    travelling = {name for name in chain(*LAYERS) if name.endswith("_hydravit")}
-    for module in travelling:
-        assert imports(module, relative=False) <= set(sys.stdlib_module_names) | {
-            "torch",
-            "transformers",
-            "numpy",
-            "PIL",
-        }
-        assert imports(module, relative=True) <= travelling
-        # transformers refuses code whose imports are missing; Pillow is imported where it is there
-        assert set(get_imports(PACKAGE / f"{module}.py")).isdisjoint({"PIL"})
+OWN, OTHERS = ({module: imports(tree(module), module)[part] for module in MODULES} for part in (0, 1))
+
+
+def test_every_file_has_its_place():
+    assert sorted(module for layer in LAYERS for module in layer) == sorted(MODULES)
+
+
+def test_files_import_upwards_in_the_table_only():
+    above = set()
+    for layer in LAYERS:
+        if "model.modeling_hydravit" not in layer:
+            for module in layer:
+                assert OWN[module] <= above, module
+        above |= set(layer)
+
+
+def test_files_of_model_import_each_other_as_the_arrows_say():
+    above = set()
+    for name, imported in MODEL.items():
+        assert imported <= above, name  # so no circle closes
+        assert OWN[f"model.{name}_hydravit"] == {f"model.{other}_hydravit" for other in imported}, name
+        above.add(name)
+
+
+def test_only_saving_imports_the_pipeline():
+    """The network runs without a pipeline. The import inside `save_pretrained` makes transformers copy its file."""
+    module, pipeline = "model.checkpoint_hydravit", "model.pipeline_hydravit"
+    assert [name for name in TRAVELLING if pipeline in OWN[name]] == [module]
+    functions = [node for node in ast.walk(tree(module)) if isinstance(node, ast.FunctionDef)]
+    importing = [node.name for node in functions if pipeline in imports(node, module)[0]]
+    assert importing == ["save_pretrained"]
+    statements = [node for node in tree(module).body if isinstance(node, ast.ImportFrom)]
+    assert all(pipeline not in imports(node, module)[0] for node in statements)
+
+
+@pytest.mark.parametrize("module", TRAVELLING)
+def test_what_travels_imports_what_transformers_needs_and_each_other_only(module):
+    assert OWN[module] <= set(TRAVELLING)
+    allowed = {*sys.stdlib_module_names, *NEEDED_BY_TRANSFORMERS, "transformers"}
+    assert OTHERS[module] <= allowed | {"PIL"}
+    assert set(get_imports(MODULES[module])) <= allowed  # transformers needs these; an image library is imported if any
+    for statement in ast.walk(tree(module)):
+        assert not isinstance(statement, ast.ImportFrom) or statement.module  # `from . import x` copies no file
 
 
 def test_importing_the_package_needs_no_extra():
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = {
-        "sklearn",
-        "onnxruntime",
-        "torchao",
-        "accelerate",
-        "datasets",
-        "evaluate",
-        "gradio",
-        "matplotlib",
-        "onnx",
-        "onnx_ir",
-        "openvino",
+        name for group in ("train", "study", "space", "export") for name in dependencies["optional-dependencies"][group]
     }
+    extras = {name.replace("scikit-learn", "sklearn") for name in extras} | {"torchao", "onnx_ir"}
     todo, seen = {"__init__"}, set()
     while todo:
         module = todo.pop()
         seen.add(module)
-        assert imports(module, relative=False).isdisjoint(extras), module
-        todo |= imports(module, relative=True) - seen
+        assert OTHERS[module].isdisjoint(extras), module
+        todo |= OWN[module] - seen
+    assert seen == {"__init__", *TRAVELLING}
+
+
+def test_no_file_imports_the_package_by_its_own_name():
+    for module in MODULES:
+        assert "hydravit_hf" not in OTHERS[module], module
 
 
 def test_every_public_name_can_be_imported():
@@ -92,3 +135,8 @@ def test_every_public_name_can_be_imported():
         assert getattr(hydravit_hf, name).__name__ == name
     with pytest.raises(AttributeError, match="nonsense"):
         hydravit_hf.nonsense  # noqa: B018
+
+
+def test_each_file_that_travels_has_a_test_file():
+    for name in MODEL:
+        assert (ROOT / "tests" / "model" / f"test_{name}.py").is_file(), name
