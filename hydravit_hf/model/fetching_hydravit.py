@@ -63,6 +63,8 @@ class _Download(threading.Thread):
                 body = response.read(MAX_BYTES + 1)
             if len(body) > MAX_BYTES:
                 raise OSError(f"the answer has more than {MAX_BYTES // 2**20} MiB")
+            if response.length:
+                raise OSError(f"the answer was cut, {response.length} bytes before its end")
             self.body = body
         except HTTPError as error:
             error.close()
@@ -73,6 +75,9 @@ class _Download(threading.Thread):
             self.error = OSError(f"the server's answer is no HTTP: {type(error).__name__}")
         except OSError as error:
             self.error = error
+        finally:
+            for connection in self.sockets:
+                connection.close()
 
     def connected(self, connection: socket.socket):
         """Register a new connection, and refuse one that a redirect leads from a public to a private address."""
