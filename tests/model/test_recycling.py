@@ -119,10 +119,11 @@ def test_images_of_another_size_recycle_as_many_tokens_as_they_have(recycling):
     torch.testing.assert_close(logits, recycling.classifier(tokens[:, 0]))
 
 
-def test_all_stages_compile_as_one_graph(recycling, images):
+def test_all_stages_compile_as_one_graph(make_model, images):
+    recycling = make_model(**RECYCLING, num_hidden_layers=1)
     compiled = torch.compile(recycling, backend="eager", fullgraph=True)
     with torch.no_grad():
-        for num_heads in STAGES:
+        for num_heads in (1, 6):
             expected = recycling(images, num_heads_active=num_heads).logits
             torch.testing.assert_close(compiled(images, num_heads_active=num_heads).logits, expected)
 
@@ -289,10 +290,11 @@ def test_the_stock_trainer_trains_every_stage(tmp_path):
     torch.manual_seed(0)
     config = make_config(image_size=8, head_dim=16, num_hidden_layers=1, num_labels=10, **RECYCLING)
     transform = to_pixel_values(make_image_processor(config, (0.5,) * 3, (0.5,) * 3))
-    digits = {name: [*split.with_transform(transform)] for name, split in load_digits().items()}
+    parts = {"train": range(800), "test": range(100)}
+    digits = {name: [*split.select(parts[name]).with_transform(transform)] for name, split in load_digits().items()}
     model = HydraViTForImageClassification(config)
     options = {"report_to": "none", "use_cpu": True, "dataloader_pin_memory": False, "disable_tqdm": True}
-    options |= {"max_steps": 200, "per_device_train_batch_size": 32, "learning_rate": 3e-3, "save_strategy": "no"}
+    options |= {"max_steps": 150, "per_device_train_batch_size": 32, "learning_rate": 3e-3, "save_strategy": "no"}
     Trainer(model, TrainingArguments(str(tmp_path), **options), train_dataset=digits["train"]).train()
     for row in evaluate_subnetworks(model, digits["test"], disable_tqdm=True):
         assert row["accuracy"] > 0.5, row  # chance is 0.1

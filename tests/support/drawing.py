@@ -15,8 +15,8 @@ SAME_EACH_TIME = {
     "database": None,
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large],
 }
-cheap = settings(**SAME_EACH_TIME, max_examples=120)  # for configurations
-costly = settings(**SAME_EACH_TIME, max_examples=30)  # for models
+cheap = settings(**SAME_EACH_TIME, max_examples=80)  # for configurations
+costly = settings(**SAME_EACH_TIME, max_examples=25)  # for models
 
 
 @st.composite
