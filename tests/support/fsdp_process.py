@@ -1,11 +1,13 @@
 """Trains with torch's `fully_shard` (FSDP2), two processes, saves and resumes; see test_distributed.py."""
 
+import os
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from support import training
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -15,19 +17,17 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from hydravit_hf import HydraViTConfig, HydraViTForImageClassification
+from hydravit_hf import HydraViTForImageClassification
 from hydravit_hf.training.averaging import AveragedWeights
 from hydravit_hf.training.optimizer import parameter_groups
-from hydravit_hf.training.steps import classification_loss, sample_subnetworks
+from hydravit_hf.training.steps import backward_widths, sample_subnetworks
 
 STEPS, BATCH = 6, 8
-CONFIG = {"num_attention_heads": 4, "head_dim": 8, "num_hidden_layers": 2, "image_size": 8, "patch_size": 4}
 
 
 def make_model() -> HydraViTForImageClassification:
-    torch.manual_seed(0)
-    config = HydraViTConfig(**CONFIG, num_labels=10, subnetwork_heads=[1, 2, 3, 4], separate_classifiers=True)
-    return HydraViTForImageClassification(config).train()
+    sizes = {"num_hidden_layers": 2, "subnetwork_heads": [1, 2, 3, 4], "separate_classifiers": True}
+    return training.make_model(**sizes).train()
 
 
 def make_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,9 +42,7 @@ def train(model, optimizer, average, steps: range, part: slice):
     for step in steps:
         images, labels = make_batch(step)
         heads = sample_subnetworks(model.config, seed=0, step=step, sampling="sandwich")
-        for num_heads in heads:
-            logits = model(images[part], num_heads_active=num_heads).logits
-            (classification_loss(logits, labels[part]) / len(heads)).backward()
+        backward_widths(model, images[part], labels[part], heads, step)
         optimizer.step()
         optimizer.zero_grad()
         average.update()
@@ -60,10 +58,7 @@ def make_optimizer(model) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameter_groups(model, weight_decay=0.05), lr=1e-3)
 
 
-def main(output_dir: Path):
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    assert dist.get_world_size() == 2
+def train_and_save(output_dir: Path, rank: int):
     part = slice(rank * BATCH, (rank + 1) * BATCH)
     # 1. Half of the training, and a checkpoint of each process's part
     model = shard(make_model())
@@ -89,7 +84,14 @@ def main(output_dir: Path):
         if rank == 0:
             model.save_pretrained(output_dir / name, state_dict=weights)
         dist.barrier()
+
+
+def main(output_dir: Path):
+    dist.init_process_group("gloo")
+    assert dist.get_world_size() == 2
+    train_and_save(output_dir, dist.get_rank())
     dist.destroy_process_group()
+    os._exit(0)  # at once: FSDP keeps gloo's threads, and one that frees a tensor as Python ends aborts the process
 
 
 if __name__ == "__main__":

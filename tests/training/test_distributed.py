@@ -1,0 +1,201 @@
+"""Real processes: two ranks over gloo, kills and resumptions."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import fsdp_process, trainer_process
+from support.cards import check_card
+from support.training import SANDWICH, assert_close, assert_equal, make_config
+
+from hydravit_hf import HydraViTForImageClassification, evaluate_subnetworks, make_image_processor
+from hydravit_hf.data import load_digits, to_pixel_values
+from hydravit_hf.training.averaging import AveragedWeights
+
+TESTS = Path(__file__).parents[1]
+EXAMPLES = TESTS.parent / "examples"
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(TESTS)}
+RUNS = {
+    "one width a step": {},
+    "sandwich, separate classifiers": {**SANDWICH, "model": {"separate_classifiers": True}, "write_model_card": True},
+    "token recycling": {"model": {"token_recycling": True}},
+}
+KILLED = {"save_strategy": "steps", "save_steps": 4, "ema_decay": 0.9, "augment": True, "mixup_alpha": 0.2, **SANDWICH}
+KILLED |= {"per_device_train_batch_size": 96, "model": {"drop_path_rate": 0.1}}  # 7 steps an epoch with two processes
+
+
+def start(module: str, *arguments, processes: int) -> subprocess.Popen:
+    """Start a module of `support`, in several processes over gloo if there are several."""
+    launcher = [sys.executable, "-m"]
+    if processes > 1:
+        launcher += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
+    command = [*launcher, module, *map(str, arguments)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True)
+
+
+def start_training(*runs: dict, processes: int) -> subprocess.Popen:
+    return start("support.trainer_process", json.dumps(runs), processes=processes)
+
+
+def finish(process: subprocess.Popen):
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-4000:]
+
+
+def kill_after(process: subprocess.Popen, file: Path):
+    """kill -9 all processes of a run once a file is there."""
+    deadline = time.monotonic() + 200
+    while not file.exists():
+        assert process.poll() is None, process.communicate()[1][-4000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    running = [process, *psutil.Process(process.pid).children(recursive=True)]  # the launcher first
+    for one in running:
+        one.send_signal(signal.SIGKILL)
+    psutil.wait_procs(running[1:])
+    process.communicate()
+
+
+def figures_of(folder: Path) -> dict:
+    return json.loads((folder / "figures.json").read_text())
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A process of its own has one, too; sums of several would be rounded otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    """The folder where two processes have trained each of `RUNS`."""
+    folder = tmp_path_factory.mktemp("two")
+    runs = [{"output_dir": str(folder / name), "per_device_train_batch_size": 8} | RUNS[name] for name in RUNS]
+    finish(start_training(*runs, processes=2))
+    return folder
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_train_as_one_with_the_double_batch(two, tmp_path, name):
+    trainer_process.train(str(tmp_path), per_device_train_batch_size=16, **RUNS[name])
+    found, expected = figures_of(two / name), figures_of(tmp_path)
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4)
+    assert len(set(expected["losses"])) == 12
+    for key in ("eval_1_heads_loss", "eval_2_heads_loss", "eval_4_heads_loss"):
+        assert found["metrics"][key] == pytest.approx(expected["metrics"][key], rel=1e-3)
+    for name in ("eval_1_heads_accuracy", "eval_mean_accuracy"):  # 360 images that two processes share
+        assert found["metrics"][name] == pytest.approx(expected["metrics"][name], abs=2 / 360)
+
+
+@pytest.fixture(scope="module")
+def held_out() -> list[dict]:
+    transform = to_pixel_values(make_image_processor(make_config()))
+    return [*load_digits()["test"].with_transform(transform)]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_evaluate_each_image_once_as_one_process_does(two, held_out, name):
+    model, figures = HydraViTForImageClassification.from_pretrained(two / name), figures_of(two / name)
+    for row, expected in zip(figures["rows"], evaluate_subnetworks(model, held_out[:37]), strict=True):
+        assert row == pytest.approx(expected, rel=1e-6)
+    for expected in evaluate_subnetworks(model, held_out):
+        for score in ("accuracy", "loss"):
+            found = figures["metrics"][f"eval_{expected['num_heads']}_heads_{score}"]
+            assert found == pytest.approx(expected[score], rel=1e-6)
+
+
+def test_two_processes_write_one_card_with_the_numbers_of_their_model(two, held_out):
+    folder = two / "sandwich, separate classifiers"
+    check_card(folder, HydraViTForImageClassification.from_pretrained(folder), held_out, [1, 2, 4])
+    assert "| latency |" in (folder / "README.md").read_text()
+    assert not (two / "one width a step" / "README.md").exists()
+
+
+@pytest.mark.slow  # its fast sibling is the first test
+def test_accelerate_launch_trains_in_two_processes_as_in_one_with_the_double_batch(tmp_path):
+    options = [
+        "--num_attention_heads",
+        "4",
+        "--num_hidden_layers",
+        "1",
+        "--max_train_steps",
+        "12",
+        "--max_grad_norm",
+        "0",
+    ]
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch += ["--config_file", str(EXAMPLES / "accelerate_multi_gpu.yaml"), "--num_processes", "2"]
+    rows = {}
+    for name, command, batch_size in (("two", launch, 8), ("one", [sys.executable], 16)):
+        command = [*command, str(EXAMPLES / "train_accelerate.py"), *options, "--output_dir", str(tmp_path / name)]
+        command += ["--per_device_train_batch_size", str(batch_size), "--separate_classifiers"]
+        result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr[-4000:]
+        assert f"{ {'two': 2, 'one': 1}[name] } processes" in result.stdout
+        rows[name] = json.loads((tmp_path / name / "results.json").read_text())
+    for two, one in zip(rows["two"], rows["one"], strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+    assert_close(weights_in(tmp_path / "two"), weights_in(tmp_path / "one"), atol=1e-4, rtol=1e-3)
+
+
+def test_a_trainer_that_is_killed_and_resumed_ends_with_the_weights_of_one_that_was_not(tmp_path):
+    whole, killed = ({"output_dir": str(tmp_path / name), **KILLED} for name in ("whole", "killed"))
+    kill_after(start_training(killed, processes=1), tmp_path / "killed" / "checkpoint-8")
+    assert not (tmp_path / "killed" / "figures.json").exists()
+    for options in (whole, killed | {"resume": True}):
+        trainer_process.train(**options)
+    check_resumed(tmp_path)
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_killed_and_resumed_end_with_the_weights_of_some_that_were_not(tmp_path):
+    whole, killed = ({"output_dir": str(tmp_path / name), **KILLED} for name in ("whole", "killed"))
+    kill_after(start_training(killed, processes=2), tmp_path / "killed" / "checkpoint-8")
+    assert not (tmp_path / "killed" / "figures.json").exists()
+    finish(start_training(whole, killed | {"resume": True}, processes=2))
+    check_resumed(tmp_path)
+
+
+def check_resumed(folder: Path):
+    """Check that a run that was killed as its checkpoint's folder appeared ended as the whole one."""
+    assert_equal(weights_in(folder / "killed"), weights_in(folder / "whole"))
+    assert figures_of(folder / "killed")["losses"] == figures_of(folder / "whole")["losses"]
+    loaded = HydraViTForImageClassification.from_pretrained(folder / "killed", num_attention_heads=2)
+    assert loaded.config.num_attention_heads == 2
+
+
+def test_fsdp2_trains_as_one_process_and_saves_one_checkpoint_that_loads_at_every_width(tmp_path):
+    finish(start("support.fsdp_process", tmp_path, processes=2))
+    model = fsdp_process.make_model()
+    optimizer, everything = fsdp_process.make_optimizer(model), slice(None)
+    half = fsdp_process.STEPS // 2
+    fsdp_process.train(model, optimizer, AveragedWeights(model, 0.9), range(half), everything)
+    average = AveragedWeights(model, 0.9)
+    fsdp_process.train(model, optimizer, average, range(half, 2 * half), everything)
+    for name in ("last", "average"):
+        if name == "average":
+            average.swap()
+        found = HydraViTForImageClassification.from_pretrained(tmp_path / name)
+        for weight, expected in zip(found.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(weight, expected, atol=1e-5, rtol=1e-4)
+    images, _ = fsdp_process.make_batch(0)
+    for num_heads in (1, 2, 3, 4):
+        narrow = HydraViTForImageClassification.from_pretrained(tmp_path / "average", num_attention_heads=num_heads)
+        expected = model.eval()(images, num_heads_active=num_heads).logits
+        torch.testing.assert_close(narrow(images).logits, expected, atol=1e-4, rtol=1e-4)
