@@ -129,6 +129,9 @@ class HydraViTConfig(BackboneConfigMixin, PreTrainedConfig):
         self._check_subnetworks()
         for name in (name for name, kind in _ALLOWED.items() if kind is _SIZE):
             setattr(self, name, int(getattr(self, name)))  # numpy's integers can't be saved
+        for name in ("image_size", "patch_size"):
+            size = getattr(self, name)
+            setattr(self, name, int(size) if isinstance(size, Integral) else type(size)(map(int, size)))
         self.subnetwork_heads = [int(num_heads) for num_heads in self.subnetwork_heads]
         if self.cascade is not None:
             self.cascade = self._check_cascade()
@@ -360,7 +363,7 @@ class HydraViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"{temperatures!r}."
             )
         return {
-            "num_heads": list(heads),
+            "num_heads": [int(count) for count in heads],
             "thresholds": [float(value) for value in thresholds],
             "criterion": criterion,
             "temperatures": [float(value) for value in temperatures],

@@ -4,6 +4,7 @@ import json
 import math
 import tempfile
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -94,6 +95,20 @@ def test_a_configuration_survives_dictionaries_and_json(config):
         loaded = HydraViTConfig.from_pretrained(folder)
     assert loaded.to_json_string() == config.to_json_string()
     assert (loaded.hidden_size, loaded.patch_grid) == (config.hidden_size, config.patch_grid)
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.uint8])
+def test_integers_of_numpy_are_saved_as_any_other(tmp_path, integer):
+    def build(integer) -> HydraViTConfig:
+        sizes = {name: integer(value) for name, value in SIZES.items()} | {"patch_size": (integer(4), integer(2))}
+        heads = {"subnetwork_heads": [integer(2), integer(6)], "num_heads_active": integer(2)}
+        cascade = {"num_heads": [integer(2), integer(6)], "thresholds": 0.5}
+        return make_config(**sizes, **heads, cascade=cascade)
+
+    for name, config in (("numpy", build(integer)), ("python", build(int))):
+        config.save_pretrained(tmp_path / name)
+    saved = [(tmp_path / name / "config.json").read_text() for name in ("numpy", "python")]
+    assert saved[0] == saved[1]
 
 
 def test_the_file_holds_the_dial_and_none_of_the_sizes_derived_from_it(tmp_path):
