@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import logging
 import shutil
 import subprocess
 import sys
@@ -68,6 +69,17 @@ def run_without_the_package(tmp_path, monkeypatch):
         assert result.stdout == "done\n"
 
     return run
+
+
+@pytest.fixture
+def logged():
+    """A list of what the package logs. Messages that are logged once only are logged again in each test."""
+    messages, handler, logger = [], logging.Handler(), logging.getLogger("hydravit_hf")
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger.warning_once.__func__.cache_clear()
+    logger.addHandler(handler)
+    yield messages
+    logger.removeHandler(handler)
 
 
 @pytest.fixture

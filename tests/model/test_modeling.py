@@ -9,9 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from support.drawing import configs_and_widths, costly, make
-from support.models import HEADS, blocks_of
+from support.models import HEADS, KINDS, blocks_of
 from transformers import AutoModel, AutoModelForImageClassification, ViTForImageClassification
-from transformers.utils import logging
 
 from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, HydraViTModel
 
@@ -155,15 +154,43 @@ def test_a_wrong_width_is_an_error_that_names_the_range(model, images, num_heads
             call()
 
 
-def test_an_untrained_width_runs_with_one_warning(make_model, images, monkeypatch, capfd):
-    monkeypatch.setattr(logging.get_logger("hydravit_hf"), "propagate", False)
+def test_an_untrained_width_runs_with_one_warning(make_model, images, logged):
     model = make_model(subnetwork_heads=[2, 6])
     for _ in range(3):
         model(images, num_heads_active=5)
     model(images, num_heads_active=2)
-    errors = capfd.readouterr().err
-    assert errors.count("not trained to run 5 heads") == 1
-    assert "[2, 6]" in errors
+    (message,) = logged
+    assert "not trained to run 5 heads" in message and "[2, 6]" in message
+
+
+def test_a_loss_with_gradients_in_evaluation_mode_warns_once_that_no_width_is_drawn(make_model, images, logged):
+    model, labels = make_model(), torch.tensor([0, 1, 2])
+    model.train()(images, labels)
+    model.eval()(images, labels, num_heads_active=3)
+    make_model(num_heads_active=3)(images, labels)
+    make_model(subnetwork_heads=[6])(images, labels)
+    with torch.no_grad():
+        model(images, labels)
+    assert not logged
+    for _ in range(3):
+        model(images, labels)
+    (message,) = logged
+    assert "Call `model.train()` first" in message
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_empty_batch_gives_empty_outputs_at_every_width(make_model, kind):
+    model = make_model(**KINDS[kind])
+    for num_heads in HEADS:
+        outputs = model(torch.empty(0, 3, 16, 16), num_heads_active=num_heads, output_hidden_states=True)
+        assert outputs.logits.shape == (0, 5)
+        assert outputs.hidden_states[-1].shape == (0, 17, 8 * num_heads)
+
+
+def test_an_integer_of_numpy_is_a_width_like_any_other(model, images):
+    expected = model(images, num_heads_active=3).logits
+    assert torch.equal(model(images, num_heads_active=np.int64(3)).logits, expected)
+    assert torch.equal(model.extract_subnetwork(np.int64(3))(images).logits, model.extract_subnetwork(3)(images).logits)
 
 
 @pytest.mark.parametrize(

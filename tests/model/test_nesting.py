@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from support.drawing import configs_and_widths, costly, make
-from support.models import make_config, shapes
+from support.models import KINDS, make_config, shapes
 from torch.nn.utils import prune
 
 from hydravit_hf import HydraViTForImageClassification, HydraViTModel
@@ -18,12 +18,6 @@ from hydravit_hf.model.nesting_hydravit import (
     own_parameters,
     width_dims,
 )
-
-KINDS = {
-    "plain": {},
-    "separate classifiers": {"separate_classifiers": True},
-    "recycling": {"token_recycling": True, "subnetwork_heads": [2, 4, 6]},
-}
 
 
 @pytest.fixture(params=KINDS)

@@ -9,6 +9,11 @@ from hydravit_hf import HydraViTConfig, HydraViTForImageClassification
 
 HEADS = range(1, 7)
 SIZES = {"num_attention_heads": 6, "head_dim": 8, "num_hidden_layers": 2, "image_size": 16, "patch_size": 4}
+KINDS = {
+    "plain": {},
+    "separate classifiers": {"separate_classifiers": True, "subnetwork_heads": [2, 4, 6]},
+    "recycling": {"token_recycling": True, "subnetwork_heads": [2, 4, 6]},
+}
 EARLIER_CHECKPOINT = Path(__file__).parents[1] / "checkpoint_0.1"  # saved by the version before, with its answers
 TRAVELLING = {file.name for file in Path(hydravit_hf.model.__file__).parent.glob("*_hydravit.py")}
 
