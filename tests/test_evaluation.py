@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from hydravit_hf.subnetwork_accuracy import SubnetworkAccuracy
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
 from hydravit_hf import HydraViTConfig, HydraViTForImageClassification
-from hydravit_hf.evaluation import SCORES, evaluate_subnetworks, score
+from hydravit_hf.evaluation import SCORES, evaluate_subnetworks, evaluating, make_loader, score
 
 KEYS = ["num_heads", "accuracy", "top5_accuracy", "loss"]
 
@@ -69,16 +68,17 @@ def test_a_row_is_what_one_computes_by_hand_for_its_width(separate_classifiers):
     assert len({row["loss"] for row in rows}) == 4
 
 
-@pytest.mark.parametrize("batch_size", [1, 5, 22, 64])
-def test_rows_do_not_depend_on_the_batch_size_or_on_who_makes_the_batches(batch_size):
+def test_rows_do_not_depend_on_the_batch_size_or_on_who_makes_the_batches():
     model, items = make_classifier(), make_items(23)
     expected = evaluate_subnetworks(model, items)
-    check_equal(evaluate_subnetworks(model, items, batch_size=batch_size), expected)
-    loader = DataLoader(items, batch_size, collate_fn=default_data_collator)
-    check_equal(evaluate_subnetworks(model, loader), expected)
+    for batch_size in (1, 22):
+        check_equal(evaluate_subnetworks(model, items, batch_size=batch_size), expected)
+        loader = DataLoader(items, batch_size, collate_fn=default_data_collator)
+        check_equal(evaluate_subnetworks(model, loader), expected)
 
 
 def test_a_single_process_of_accelerate_gives_the_same_rows():
+    """Two processes do in training/test_distributed.py."""
     model, items = make_classifier(), make_items(23)
     expected = evaluate_subnetworks(model, items)
     accelerator = Accelerator()
@@ -92,12 +92,7 @@ def test_there_is_a_row_for_each_width_in_the_order_asked_for():
     backwards = evaluate_subnetworks(model, items, heads=[4, 3, 1])
     assert [row["num_heads"] for row in backwards] == [4, 3, 1]
     check_equal(backwards, [by_hand(model, items, num_heads) for num_heads in (4, 3, 1)])
-
-
-def test_a_width_that_is_asked_for_twice_has_the_same_row_twice():
-    model, items = make_classifier(), make_items(9)
-    (once,) = evaluate_subnetworks(model, items, heads=[2])
-    check_equal(evaluate_subnetworks(model, items, heads=[2, 2]), [once, once])
+    check_equal(evaluate_subnetworks(model, items, heads=[3, 1, 3]), [backwards[1], backwards[2], backwards[1]])
 
 
 @pytest.mark.parametrize("num_labels", [2, 5])
@@ -137,33 +132,19 @@ def test_a_width_that_is_not_held_is_an_error(num_heads):
         evaluate_subnetworks(make_classifier(), make_items(2), heads=[1, num_heads])
 
 
-# The metric
+def test_a_loader_has_the_items_in_their_order_and_one_that_is_given_stays_as_it_is():
+    items = make_items(5)
+    batches = list(make_loader(items, batch_size=2))
+    assert [len(batch["labels"]) for batch in batches] == [2, 2, 1]
+    assert torch.cat([batch["labels"] for batch in batches]).tolist() == [item["labels"] for item in items]
+    loader = DataLoader(items, 3)
+    assert make_loader(loader, batch_size=2) is loader
 
 
-def test_the_metric_is_the_accuracy_of_each_width_and_the_mean_over_widths():
-    results = SubnetworkAccuracy(keep_in_memory=True).compute(
-        predictions=[1, 2, 3, 4, 9, 1], references=[1, 2, 3, 9, 9, 2], num_heads=[3, 3, 3, 3, 12, 12]
-    )
-    assert results == {"3_heads_accuracy": 0.75, "12_heads_accuracy": 0.5, "mean_accuracy": 0.625}
-    results = SubnetworkAccuracy(keep_in_memory=True).compute(
-        predictions=[0, 0, 0, 1], references=[0, 0, 0, 0], num_heads=[1, 1, 1, 2]
-    )
-    assert results["mean_accuracy"] == 0.5  # of widths, not of predictions
-
-
-def test_the_metric_takes_its_predictions_in_any_order_and_number():
-    generator = np.random.default_rng(0)
-    predictions, references, num_heads = (generator.integers(low, 4, 40) for low in (0, 0, 1))
-    whole = SubnetworkAccuracy(keep_in_memory=True).compute(
-        predictions=predictions.tolist(), references=references.tolist(), num_heads=num_heads.tolist()
-    )
-    expected = {f"{k}_heads_accuracy": np.mean((predictions == references)[num_heads == k]) for k in (1, 2, 3)}
-    assert whole == pytest.approx(expected | {"mean_accuracy": np.mean(list(expected.values()))})
-    metric = SubnetworkAccuracy(keep_in_memory=True)
-    for part in np.array_split(generator.permutation(40), [3, 4, 20]):
-        metric.add_batch(
-            predictions=predictions[part].tolist(),
-            references=references[part].tolist(),
-            num_heads=num_heads[part].tolist(),
-        )
-    assert metric.compute() == whole
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_is_evaluating_within_the_context_only(training):
+    model = make_classifier().train(training)
+    with pytest.raises(KeyError), evaluating(model) as entered:
+        assert entered is model and not any(module.training for module in model.modules())
+        raise KeyError
+    assert all(module.training is training for module in model.modules())

@@ -7,14 +7,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from PIL import Image
+from support.cards import CARD, check_card
+from support.training import QUIET
+from support.training import make_model as make_digits_model
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments, default_data_collator
 
 from hydravit_hf import HydraViTConfig, create_model_card
 from hydravit_hf.image_processing import make_image_processor
-from hydravit_hf.model_card import save_model_card
+from hydravit_hf.model_card import ModelCardCallback, save_model_card
 from hydravit_hf.reporting import format_table
 
 CARDS = Path(__file__).parents[1] / "model_cards"
@@ -41,7 +47,7 @@ def counted_rows(config: HydraViTConfig) -> list[list[str]]:
     return table_rows(format_table(rows))[2:]
 
 
-def test_the_metadata_says_what_each_width_is_worth(model):
+def test_the_metadata_has_the_accuracy_of_each_width(model):
     card = create_model_card(model, ROWS, "tiny", dataset_name="Made-up images", dataset_id="user/images")
     card = ModelCard(str(card))  # as the client reads it
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "image-classification"
@@ -180,3 +186,56 @@ def test_a_saved_card_lies_beside_its_plot_and_results(model, tmp_path):
     rows = json.loads((tmp_path / "results.json").read_text())
     assert [row["macs"] for row in rows] == [model.config.count_macs(heads) for heads in range(1, 7)]
     assert "](accuracy_over_macs.png)" in ModelCard.load(tmp_path / "README.md").text
+
+
+# The callback of a Trainer, which HydraViTTrainer adds by itself; see training/test_trainer.py
+
+
+@pytest.fixture
+def held_out():
+    return [{"pixel_values": torch.randn(3, 8, 8), "labels": number % 10} for number in range(30)]
+
+
+@pytest.fixture
+def train(tmp_path, held_out):
+    """Train a model with the stock Trainer and a callback."""
+
+    def run(callback: ModelCardCallback, **kwargs):
+        arguments = {"max_steps": 2, "learning_rate": 0.01, "save_strategy": "no", "remove_unused_columns": False}
+        arguments = TrainingArguments(str(tmp_path / "digits"), **QUIET | arguments | kwargs)
+        model = make_digits_model(subnetwork_heads=[1, 2, 4])
+        trainer = Trainer(model, arguments, train_dataset=held_out, callbacks=[callback])
+        assert trainer.train().global_step == 2
+        return trainer
+
+    return run
+
+
+@pytest.mark.parametrize("kind", ["items", "a loader", "a function"])
+def test_the_stock_trainer_leaves_a_card_of_the_trained_weights(train, tmp_path, held_out, kind):
+    loader = DataLoader(held_out, 7, collate_fn=default_data_collator)
+    given = {"items": held_out, "a loader": loader, "a function": lambda: held_out}[kind]
+    model = train(ModelCardCallback(given, dataset_name="Made-up digits", training="Two steps.")).model
+    folder = tmp_path / "digits"
+    assert {file.name for file in folder.iterdir()} == CARD
+    check_card(folder, model, held_out, [1, 2, 4])
+    with Image.open(folder / "accuracy_over_macs.png") as plot:
+        assert plot.format == "PNG"
+    text = (folder / "README.md").read_text()
+    assert all(part in text for part in ("# digits", "Made-up digits", "Two steps.", "| latency |"))
+    assert model.training  # the mode that the Trainer left it in
+
+
+def test_a_card_measures_nothing_if_it_should_not_and_has_the_id_of_the_hub(train, tmp_path, held_out):
+    train(ModelCardCallback(held_out, measure=False), hub_model_id="user/small-digits")
+    text = (tmp_path / "digits" / "README.md").read_text()
+    assert "| latency |" not in text and "\n# small-digits\n" in text and 'path = "user/small-digits"' in text
+
+
+@pytest.mark.parametrize("dataset", [[], lambda: 1 / 0])
+def test_a_card_that_fails_is_a_warning_and_costs_no_training(train, tmp_path, caplog, dataset):
+    trainer = train(ModelCardCallback(dataset))
+    reason = "ZeroDivisionError" if callable(dataset) else "ValueError: There is nothing to evaluate on"
+    assert f"The model card was not written: {reason}" in caplog.text
+    trainer.save_model()
+    assert not CARD & {file.name for file in (tmp_path / "digits").iterdir()}
