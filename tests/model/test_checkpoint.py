@@ -22,6 +22,7 @@ from transformers import AutoModel, AutoModelForImageClassification, ViTConfig, 
 
 from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, HydraViTModel
 from hydravit_hf.model import checkpoint_hydravit
+from hydravit_hf.model.configuration_hydravit import as_pair
 
 CLASSIFIER = HydraViTForImageClassification
 close = partial(torch.testing.assert_close, atol=1e-5, rtol=0)
@@ -40,7 +41,7 @@ def folder(any_model, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("num_heads", HEADS)
+@pytest.mark.parametrize("num_heads", [1, 4, 6])
 def test_every_way_of_loading_a_width_agrees(any_model, folder, images, num_heads):
     expected = any_model(images, num_heads_active=num_heads).logits
     active = CLASSIFIER.from_pretrained(folder, num_heads_active=num_heads)
@@ -211,24 +212,23 @@ def test_other_labels_need_ignore_mismatched_sizes_at_every_width(any_model, fol
 
 @pytest.mark.parametrize("size", [8, 32, (12, 20), (8, 32)])  # the last one has as many patches as 16 x 16
 def test_another_image_size_at_load_is_the_interpolation_of_every_call(any_model, folder, tmp_path_factory, size):
-    images = torch.randn(3, 3, *(size if isinstance(size, tuple) else (size, size)))
+    images = torch.randn(3, 3, *as_pair(size))
     again = tmp_path_factory.mktemp("again")
-    for loaded in (
+    loads = [CLASSIFIER.from_pretrained(folder, image_size=size, num_attention_heads=heads) for heads in (3, 6, 8)]
+    loads[-1].save_pretrained(again)
+    loads += [
+        CLASSIFIER.from_pretrained(again),
         CLASSIFIER.from_pretrained(folder, image_size=size),
-        CLASSIFIER.from_pretrained(folder, image_size=size, num_attention_heads=3),
-        CLASSIFIER.from_pretrained(folder, image_size=size, num_attention_heads=8),
         CLASSIFIER.from_pretrained(folder, config=HydraViTConfig.from_pretrained(folder, image_size=size)),
         AutoModelForImageClassification.from_pretrained(folder, image_size=size),
         AutoModelForImageClassification.from_pretrained(folder, image_size=size, num_attention_heads=3),
-    ):
-        assert loaded.config.image_size == size
-        loaded.save_pretrained(again)
-        reloaded = CLASSIFIER.from_pretrained(again)
-        assert shapes(reloaded) == shapes(CLASSIFIER(loaded.config))
+    ]
+    for loaded in loads:
+        assert as_pair(loaded.config.image_size) == as_pair(size)
+        assert shapes(loaded) == shapes(CLASSIFIER(loaded.config))
         for num_heads in {1, 3, min(6, loaded.config.num_attention_heads)}:
             expected = any_model(images, num_heads_active=num_heads, interpolate_pos_encoding=True).logits
             torch.testing.assert_close(loaded(images, num_heads_active=num_heads).logits, expected)
-            torch.testing.assert_close(reloaded(images, num_heads_active=num_heads).logits, expected)
     expected = any_model.hydravit(images, interpolate_pos_encoding=True).last_hidden_state
     for encoder in (HydraViTModel, AutoModel):
         states = encoder.from_pretrained(folder, image_size=size)(images).last_hidden_state

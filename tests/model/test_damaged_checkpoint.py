@@ -48,7 +48,7 @@ def folder(model, tmp_path):
 
 @pytest.fixture
 def shards(model, tmp_path):
-    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="60KB")
     return tmp_path / "shards"
 
 
@@ -318,9 +318,7 @@ def test_a_missing_class_token_is_reported_or_an_error(model, folder, images):
             CLASSIFIER.from_pretrained(folder, **options)
 
 
-@pytest.mark.parametrize(
-    "extra", [torch.ones(()), torch.ones(3, 3), torch.ones(0), torch.ones(2, 0, 3), torch.ones(3, dtype=torch.int64)]
-)
+@pytest.mark.parametrize("extra", [torch.ones(()), torch.ones(2, 0, 3), torch.ones(3, dtype=torch.int64)])
 @pytest.mark.parametrize("name", ["extra", "other.embeddings.cls_token"])
 def test_what_is_left_over_is_reported_and_changes_nothing(model, folder, images, name, extra):
     change_tensors(folder / "model.safetensors", lambda tensors: tensors.update({name: extra}))

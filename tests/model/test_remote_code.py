@@ -93,47 +93,6 @@ def test_a_folder_loads_where_the_package_is_not_installed(
     assert {file.name for file in (tmp_path / "again").glob("*.py")} == TRAVELLING
 
 
-CASCADES = """
-import sys
-import torch
-from PIL import Image
-from transformers import AutoModelForImageClassification, pipeline
-
-image = Image.radial_gradient("L").convert("RGB")
-for folder in sys.argv[1:]:
-    expected = torch.load(f"{folder}/expected.pt", weights_only=True)
-    images, heads = expected["images"], expected["heads"]
-    model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
-    model.save_pretrained(f"{folder}/again")
-    for path in (folder, f"{folder}/again"):
-        model = AutoModelForImageClassification.from_pretrained(path, trust_remote_code=True)
-        outputs = model.cascade(images)
-        torch.testing.assert_close(outputs.logits, expected["logits"])
-        assert torch.equal(outputs.num_heads, expected["num_heads"])
-        small = AutoModelForImageClassification.from_pretrained(path, trust_remote_code=True, num_attention_heads=3)
-        torch.testing.assert_close(small(images).logits, model(images, num_heads_active=3).logits)
-        pipe = pipeline("hydravit-image-classification", path, image_processor=folder, trust_remote_code=True)
-        assert pipe(image, num_heads_active=heads, thresholds=0)[0]["num_heads"] == 6
-        assert pipe(image, num_heads_active="cascade")[0]["macs"] > 0
-"""
-
-
-def test_cascades_and_recycled_tokens_work_where_the_package_is_not_installed(
-    make_model, many, tmp_path, run_without_the_package
-):
-    heads = [1, 3, 6]
-    for name, options in (("plain", {}), ("recycling", {"subnetwork_heads": heads, "token_recycling": True})):
-        model, folder = make_model(**options), tmp_path / name
-        model.config.cascade = {"num_heads": heads, "thresholds": splitting(model, many, heads)}
-        model.save_pretrained(folder)
-        make_image_processor(model.config).save_pretrained(folder)
-        outputs = model.cascade(many)
-        expected = {"images": many, "heads": heads, "logits": outputs.logits, "num_heads": outputs.num_heads}
-        torch.save(expected, folder / "expected.pt")
-    run_without_the_package(CASCADES, tmp_path / "plain", tmp_path / "recycling")
-    assert {file.name for file in (tmp_path / "recycling" / "again").glob("*.py")} == TRAVELLING
-
-
 EARLIER = """
 import sys
 import torch
@@ -143,13 +102,13 @@ from transformers import AutoModelForImageClassification
 folder = sys.argv[1]
 expected = load_file(f"{folder}/expected.safetensors")
 images = expected["pixel_values"]
-load = AutoModelForImageClassification.from_pretrained
-full = load(folder, trust_remote_code=True)
+load, trust = AutoModelForImageClassification.from_pretrained, {"trust_remote_code": True}
+full = load(folder, **trust)
 for k in range(1, 7):
     for logits in (
         full(images, num_heads_active=k).logits,
-        load(folder, trust_remote_code=True, num_heads_active=k)(images).logits,
-        load(folder, trust_remote_code=True, num_attention_heads=k)(images).logits,
+        load(folder, num_heads_active=k, **trust)(images).logits,
+        load(folder, num_attention_heads=k, **trust)(images).logits,
     ):
         torch.testing.assert_close(logits, expected[f"logits.{k}"], atol=1e-5, rtol=0)
 outputs = full.cascade(images)
@@ -157,7 +116,41 @@ torch.testing.assert_close(outputs.logits, expected["cascade.logits"], atol=1e-5
 assert torch.equal(outputs.num_heads, expected["cascade.num_heads"])
 """
 
+CASCADES = """
+from PIL import Image
+from transformers import pipeline
 
-def test_a_checkpoint_of_the_version_before_works_with_its_own_code(tmp_path, run_without_the_package):
-    folder = shutil.copytree(EARLIER_CHECKPOINT, tmp_path / "earlier")
-    run_without_the_package(EARLIER, folder)
+image = Image.radial_gradient("L").convert("RGB")
+for folder in sys.argv[2:]:
+    expected = torch.load(f"{folder}/expected.pt", weights_only=True)
+    images, heads = expected["images"], expected["heads"]
+    model = load(folder, **trust)
+    model.save_pretrained(f"{folder}/again")
+    for path in (folder, f"{folder}/again"):
+        model = load(path, **trust)
+        outputs = model.cascade(images)
+        torch.testing.assert_close(outputs.logits, expected["logits"])
+        assert torch.equal(outputs.num_heads, expected["num_heads"])
+        small = load(path, num_attention_heads=3, **trust)
+        torch.testing.assert_close(small(images).logits, model(images, num_heads_active=3).logits)
+        pipe = pipeline("hydravit-image-classification", path, image_processor=folder, **trust)
+        assert pipe(image, num_heads_active=heads, thresholds=0)[0]["num_heads"] == 6
+        assert pipe(image, num_heads_active="cascade")[0]["macs"] > 0
+"""
+
+
+def test_earlier_checkpoints_cascades_and_recycled_tokens_work_where_the_package_is_not_installed(
+    make_model, many, tmp_path, run_without_the_package
+):
+    earlier = shutil.copytree(EARLIER_CHECKPOINT, tmp_path / "earlier")  # works with its own code
+    heads = [1, 3, 6]
+    for name, options in (("plain", {}), ("recycling", {"subnetwork_heads": heads, "token_recycling": True})):
+        model, folder = make_model(**options), tmp_path / name
+        model.config.cascade = {"num_heads": heads, "thresholds": splitting(model, many, heads)}
+        model.save_pretrained(folder)
+        make_image_processor(model.config).save_pretrained(folder)
+        outputs = model.cascade(many)
+        expected = {"images": many, "heads": heads, "logits": outputs.logits, "num_heads": outputs.num_heads}
+        torch.save(expected, folder / "expected.pt")
+    run_without_the_package(EARLIER + CASCADES, earlier, tmp_path / "plain", tmp_path / "recycling")
+    assert {file.name for file in (tmp_path / "recycling" / "again").glob("*.py")} == TRAVELLING
