@@ -1,10 +1,10 @@
 """Calls of one model at mixed widths and batch sizes from several threads: is memory flat, and is every answer right?
 
-    python examples/soak.py                # 100,000 calls
-    python examples/soak.py --calls 2000
+    python examples/benchmarks/soak.py                # 100,000 calls
+    python examples/benchmarks/soak.py --calls 2000
 
-Prints the resident memory at every tenth of the calls. Fails where it grew by more than `--max_growth_mb` after the
-first tenth, or where an answer is not that of its width alone.
+It prints the resident memory after each tenth of the calls. It fails if the memory grows by more than `--max_growth_mb`
+after the first tenth, or if an answer differs from that of its width alone.
 """
 
 import argparse
@@ -24,11 +24,9 @@ BATCH_SIZES = range(1, 9)
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--calls", type=int, default=100_000, help="how many, in all threads together")
+    parser.add_argument("--calls", type=int, default=100_000, help="number of calls in all threads together")
     parser.add_argument("--threads", type=int, default=4)
-    parser.add_argument(
-        "--max_growth_mb", type=float, default=8.0, help="of the resident memory, after the first tenth"
-    )
+    parser.add_argument("--max_growth_mb", type=float, default=8.0, help="growth of memory after the first tenth")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
     if args.calls < 10 * args.threads or args.threads < 1:
@@ -50,7 +48,7 @@ def main(arguments: list[str] | None = None):
     with torch.inference_mode():
         expected = {k: model.extract_subnetwork(k)(images).logits for k in config.subnetwork_heads}
 
-    # 2. Each thread calls it at widths and batch sizes of its own draw
+    # 2. Each thread draws widths and batch sizes, and calls the model
     def wrong_answers(thread: int, part: int) -> int:
         draw = random.Random(f"{args.seed} {thread} {part}")
         wrong = 0
@@ -61,7 +59,7 @@ def main(arguments: list[str] | None = None):
                 wrong += not torch.allclose(logits, expected[num_heads][:size], atol=1e-4)
         return wrong
 
-    # 3. After each tenth, the memory
+    # 3. The memory after each tenth
     process, memory, wrong, start = psutil.Process(os.getpid()), [], 0, time.perf_counter()
     with ThreadPoolExecutor(args.threads) as threads:
         for part in range(10):

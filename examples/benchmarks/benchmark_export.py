@@ -1,28 +1,29 @@
 """What one ONNX export of several widths costs in ONNX Runtime, next to a file for each width.
 
-    python examples/benchmark_export.py --batch_size 1 8
+    python examples/benchmarks/benchmark_export.py --batch_size 1 8
 
 Each width is there three times: as a file of its own, in one file that takes the width as an input, and as a graph in a
-folder whose graphs share their weights. Each round runs all three once, in shuffled order, so that a drift of the
-machine and what the one before left in its caches hit all alike. A ratio is the median over the rounds of this way over
-the file of its own, both of one round.
+folder whose graphs share their weights. Each round runs all three once, in a shuffled order. So a drift of the machine,
+and what the run before left in its caches, affect all alike. A ratio is the median over the rounds of this way over the
+file of its own, both of one round.
 Wall-clock times on a machine with other work on it say little: `--clock cpu` takes the processor time that was used.
-Loading runs in processes of its own, the ways in turn; memory is their growth up to the end of a first run.
+Each load runs in a process of its own, the ways in turn. Its memory is the growth up to the end of a first run.
 """
 
 import argparse
 import json
-import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import torch
+from timing import format_rows, machine, median_ratio, time_rounds, write_rows
 from tqdm import tqdm
 
 from hydravit_hf import HydraViTConfig, HydraViTForImageClassification
@@ -68,28 +69,26 @@ def run(session: onnxruntime.InferenceSession, images: np.ndarray, num_heads: in
     return session.run(None, inputs)[0]
 
 
-def measure(folder: Path, args):
-    # 1. Random weights, as all that is measured is the same with trained ones
-    model = HydraViTForImageClassification(HydraViTConfig(num_labels=1000, **json.loads(args.config))).eval()
+def make_model(config: HydraViTConfig) -> HydraViTForImageClassification:
+    """A model of random weights: trained ones would give the same sizes and times."""
+    model = HydraViTForImageClassification(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
-    for num_heads in args.heads:
-        export_subnetwork(model, num_heads, "onnx", folder / f"{num_heads}.onnx")
-    export_subnetworks(model, args.heads, folder / "all.onnx")
-    export_subnetworks(model, args.heads, folder / "all")
+    return model
 
-    # 2. Sizes
-    widest = (folder / f"{max(args.heads)}.onnx").stat().st_size
-    sizes = {f"{num_heads} heads, {OWN}": (folder / f"{num_heads}.onnx").stat().st_size for num_heads in args.heads}
+
+def measure_sizes(folder: Path, heads: list[int]) -> list[dict]:
+    """The bytes of each way on disk."""
+    sizes = {f"{num_heads} heads, {OWN}": (folder / f"{num_heads}.onnx").stat().st_size for num_heads in heads}
+    widest = max(sizes.values())
     sizes[f"all, {INPUT}"] = (folder / "all.onnx").stat().st_size
     sizes[f"all, {FOLDER}"] = sum(file.stat().st_size for file in (folder / "all").iterdir())
-    print(f"\n{'on disk':28} {'MB':>8} {'of widest':>9}")
-    for name, size in sizes.items():
-        print(f"{name:28} {size / 1e6:8.2f} {size / widest:9.4f}")
+    return [{"file": name, "bytes": size, "mb": size / 1e6, "share": size / widest} for name, size in sizes.items()]
 
-    # 3. Loading
-    print(f"\n{'load':22} {'heads':>5} {'ms':>7} {'memory MB':>9}")
+
+def measure_loads(folder: Path, args) -> list[dict]:
+    """Time and memory of each way to load a width."""
     loads = {(way, num_heads): [] for way in (OWN, INPUT, FOLDER) for num_heads in args.heads}
     for _ in tqdm(range(args.loads), desc="Loading", leave=False):
         for (way, num_heads), records in loads.items():
@@ -97,39 +96,51 @@ def measure(folder: Path, args):
             command = [sys.executable, "-c", LOAD, *map(str, arguments)]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             records.append([float(number) for number in output.split()])
+    rows = []
     for (way, num_heads), records in loads.items():
-        milliseconds, megabytes = (statistics.median(column) for column in zip(*records, strict=True))
-        print(f"{way:22} {num_heads:5} {milliseconds:7.0f} {megabytes:9.0f}")
+        load_ms, memory_mb = map(statistics.median, zip(*records, strict=True))
+        rows.append({"way": way, "num_heads": num_heads, "load_ms": load_ms, "memory_mb": memory_mb})
+    return rows
 
-    # 4. Speed
-    clock, order, rows = CLOCKS[args.clock], random.Random(0), []
-    print(f"\n{'run':16} {'batch':>5} {'heads':>5} {'ms':>8} {'ratio':>6} {'difference from eager':>22}")
+
+def measure_runs(model, folder: Path, args) -> list[dict]:
+    """Time of each way to run a width, and how far its logits are from the model's."""
+    rows, size = [], model.config.image_size
     for num_heads in args.heads:
         for batch_size in args.batch_size:
             sessions = {way: open_session(file, args.threads) for way, file in files(folder, num_heads).items()}
-            size = model.config.image_size
             images = torch.randn(batch_size, 3, size, size)
             with torch.no_grad():
                 expected = model(images, num_heads_active=num_heads).logits.numpy()
-            images = images.numpy()
-            times, differences = {way: [] for way in sessions}, {}
-            for turn in tqdm(range(-2, args.rounds), desc=f"{num_heads} heads, batch {batch_size}", leave=False):
-                for way in order.sample(list(sessions), len(sessions)):
-                    start = clock()
-                    logits = run(sessions[way], images, num_heads)
-                    elapsed = clock() - start
-                    if turn >= 0:
-                        times[way].append(elapsed)
-                    else:
-                        differences[way] = float(np.abs(logits - expected).max())
-            for way, this in times.items():
-                row = {"way": way, "num_heads": num_heads, "batch_size": batch_size}
-                row |= {"ms": 1e3 * statistics.median(this), "difference": differences[way]}
-                row["ratio"] = statistics.median(a / b for a, b in zip(this, times[OWN], strict=True))
-                rows.append(row)
-                print("{way:16} {batch_size:5} {num_heads:5} {ms:8.2f} {ratio:6.3f} {difference:22.1e}".format(**row))
+            calls = {way: partial(run, session, images.numpy(), num_heads) for way, session in sessions.items()}
+            desc = f"{num_heads} heads, batch {batch_size}"
+            times = time_rounds(calls, args.rounds, warmup=2, clock=CLOCKS[args.clock], desc=desc)
+            for way, measured in times.items():
+                row = {"way": way, "batch_size": batch_size, "num_heads": num_heads}
+                row |= {"ms": statistics.median(measured), "ratio": median_ratio(measured, times[OWN])}
+                rows.append(row | {"difference": float(np.abs(calls[way]() - expected).max())})
+    return rows
+
+
+def measure(folder: Path, args):
+    model = make_model(HydraViTConfig(num_labels=1000, **args.config))
+    for num_heads in args.heads:
+        export_subnetwork(model, num_heads, "onnx", folder / f"{num_heads}.onnx")
+    export_subnetworks(model, args.heads, folder / "all.onnx")
+    export_subnetworks(model, args.heads, folder / "all")
+    threads = f"{args.threads} thread{'s'[: args.threads > 1]}"
+    print(f"{machine()}, onnxruntime {onnxruntime.__version__} with {threads}, {args.clock} clock\n")
+    sizes = measure_sizes(folder, args.heads)
+    print(format_rows(sizes, {"file": ("on disk", ""), "mb": ("MB", ".2f"), "share": ("of widest", ".4f")}))
+    loads = measure_loads(folder, args)
+    columns = {"way": ("load", ""), "num_heads": ("heads", ""), "load_ms": ("ms", ".0f")}
+    print(f"\n{format_rows(loads, columns | {'memory_mb': ('memory, MB', '.0f')})}")
+    runs = measure_runs(model, folder, args)
+    columns = {"way": ("run", ""), "batch_size": ("batch", ""), "num_heads": ("heads", ""), "ms": ("ms", ".2f")}
+    columns |= {"ratio": ("ratio", ".3f"), "difference": ("difference from eager", ".1e")}
+    print(f"\n{format_rows(runs, columns)}")
     if args.json:
-        args.json.write_text(json.dumps({"sizes": sizes, "rows": rows}, indent=2) + "\n")
+        write_rows(args.json, [*sizes, *loads, *runs])
 
 
 if __name__ == "__main__":
@@ -140,9 +151,8 @@ if __name__ == "__main__":
     parser.add_argument("--loads", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
-    parser.add_argument("--config", default="{}", help="arguments of HydraViTConfig, JSON")
-    parser.add_argument("--json", type=Path, help="also write sizes and rows to this file")
+    parser.add_argument("--config", type=json.loads, default={}, help="arguments of HydraViTConfig, JSON")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file, one a line")
     args = parser.parse_args()
-    print(f"CPU, {args.threads} threads, onnxruntime {onnxruntime.__version__}, {args.clock} clock")
     with tempfile.TemporaryDirectory(dir=".") as temporary:  # not in /tmp, which may be memory
         measure(Path(temporary), args)

@@ -1,27 +1,28 @@
-"""What a cascade over widths is worth: accuracy over mean MACs and over measured time, on two small data sets.
+"""How accurate is a cascade over widths at equal mean MACs and at equal time? A study on two small data sets, on a CPU.
 
-    pip install -c constraints.txt -e ".[train,study]" && python examples/cascade_study.py   # an hour on 2 cores
-    python examples/cascade_study.py --report                          # the tables and the plot of what was measured
+    pip install -c constraints.txt -e ".[train,study]"
+    python examples/benchmarks/cascade_study.py            # an hour on 2 cores
+    python examples/benchmarks/cascade_study.py --report   # the tables and the plot of the results, without training
 
 For each of three seeds, one HydraViT of 3 to 12 heads is trained on three quarters of the training images, as in
-`width_study.py`; others are trained for one cascade, all of its widths at each step, with and without token recycling.
-The thresholds of cascades are fitted to a range of goals on the last quarter, and all is measured on the held-out
-images, which neither has seen. Trained models are kept in `runs/cascade_study`, what was measured is added to
-`docs/cascade_study.json` seed by seed, and what is there is not repeated.
+`width_study.py`. Others are trained for one cascade, all of its widths at each step, with and without token recycling.
+The thresholds of the cascades are fitted to a range of goals on the last quarter. All accuracies and costs are measured
+on the held-out images, which neither training nor fitting has seen. The trained models stay in `runs/cascade_study`.
+Each seed adds its rows to the file of results, and seeds that are in it are not repeated.
 """
 
 import argparse
-import json
 import statistics
-import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from time import process_time
 
 import numpy as np
 import torch
+from timing import RESULTS, append_rows, read_rows, time_rounds
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from width_study import DATA, HEADS, load, make_config, optimise
@@ -30,9 +31,10 @@ from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, evaluate
 from hydravit_hf.cascade import cascade_latencies, evaluate_cascade, fit_cascade
 from hydravit_hf.training.steps import sample_subnetworks
 
+PLOT = Path(__file__).parents[2] / "docs" / "cascade_study.png"
 STEPS = {"digits": 1_700, "mnist": 1_900}  # those of the width study at a quarter of the compute of ten models
 VALIDATION = 0.25
-STAGES = [3, 6, 12]  # what `fit_cascade` takes by itself
+STAGES = [3, 6, 12]  # the default of `fit_cascade`
 RECYCLING = {"subnetwork_heads": STAGES, "token_recycling": True}
 TRAININGS = {  # arguments of the configuration, and the widths of a step
     "any width": ({}, "uniform"),
@@ -51,7 +53,7 @@ CASCADES = {  # how the model was trained, the widths, and the training of the f
 BUDGETS = 10  # from 1.1 times the MACs of the narrowest to 0.97 times those of the widest
 TIMED_BATCH, ROUNDS = 250, 5
 OPTIONS = {"batch_size": 250, "disable_tqdm": True}
-STYLES = {  # what is plotted
+STYLES = {  # lines of the plot
     "one width, any width": {"color": "0.35", "marker": "s", "linestyle": "--"},
     "3, 6, 12 heads": {"color": "#4338ca", "marker": "o"},
     "3, 12 heads": {"color": "#d97706", "marker": "v"},
@@ -83,7 +85,7 @@ def split(data: str, seed: int) -> tuple[Tensors, Tensors, Tensors]:
 
 
 def train(data: str, seed: int, training: str, models: Path) -> Path:
-    """Train one HydraViT, unless it is there; unused weights are left alone."""
+    """Train one HydraViT with frozen unused weights, unless its folder is there."""
     folder = models / f"{data}-{seed}-{training.replace(', ', '-').replace(' ', '-')}"
     if folder.exists():
         return folder
@@ -104,7 +106,7 @@ def train(data: str, seed: int, training: str, models: Path) -> Path:
 
 
 def measure(data: str, seed: int, folders: dict[str, Path]) -> list[dict]:
-    """A row for each width and for each cascade and goal: what it reaches on the held-out images."""
+    """Measure each width, and each cascade and goal, on the held-out images, a row for each."""
     models = {name: HydraViTForImageClassification.from_pretrained(path).eval() for name, path in folders.items()}
     _, validation, test = split(data, seed)
     of_seed = {"data": data, "seed": seed}
@@ -147,29 +149,19 @@ def measure(data: str, seed: int, folders: dict[str, Path]) -> list[dict]:
 
 @torch.inference_mode()
 def one_by_one(call, images: Tensors) -> float:
-    """Milliseconds of an image on average, each one the median of some calls."""
-    milliseconds = []
-    for image in images.pixel_values[:, None]:
-        times = []
-        for _ in range(ROUNDS + 1):
-            start = time.perf_counter()
-            call(image)
-            times.append(1e3 * (time.perf_counter() - start))
-        milliseconds.append(statistics.median(times[1:]))
-    return statistics.fmean(milliseconds)
+    """Milliseconds of an image on average. Each image counts with the median of some calls."""
+    batches = images.pixel_values.split(1)
+    times = (time_rounds({"": partial(call, image)}, ROUNDS, desc=None)[""] for image in batches)
+    return statistics.fmean(map(statistics.median, times))
 
 
 @torch.inference_mode()
 def timed(calls: dict, images: Tensors) -> dict:
     """Milliseconds of CPU time that each call takes for an image: medians of interleaved rounds."""
-    seconds = {name: [] for name in calls}
-    for turn in tqdm(range(-1, ROUNDS), desc="Timing", leave=False):
-        for name, call in calls.items():
-            start = time.process_time()
-            for batch in images.pixel_values.split(TIMED_BATCH):
-                call(batch)
-            seconds[name] += [time.process_time() - start] * (turn >= 0)
-    return {name: 1e3 * statistics.median(times) / len(images) for name, times in seconds.items()}
+    batches = images.pixel_values.split(TIMED_BATCH)
+    passes = {name: partial(lambda call: list(map(call, batches)), call) for name, call in calls.items()}
+    times = time_rounds(passes, ROUNDS, clock=process_time)
+    return {name: statistics.median(measured) / len(images) for name, measured in times.items()}
 
 
 def forward(model: HydraViTForImageClassification, num_heads: int, pixel_values: torch.Tensor):
@@ -177,7 +169,7 @@ def forward(model: HydraViTForImageClassification, num_heads: int, pixel_values:
 
 
 def curve(rows: list[dict], data: str, method: str) -> list[dict]:
-    """Means over the seeds, a row for each width or budget."""
+    """Average over the seeds. There is a row for each width or budget."""
     rows = [row for row in rows if row["data"] == data and row["method"] == method]
     by_seed = [
         [row for row in rows if row["seed"] == seed and ("num_heads" in row or "max_macs" in row["goal"])]
@@ -264,13 +256,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--num_processes", type=int, default=2)
-    parser.add_argument("--models", type=Path, default=Path("runs/cascade_study"))
-    parser.add_argument("--output_dir", type=Path, default=Path("docs"))
-    parser.add_argument("--report", action="store_true", help="measure nothing, report what was measured")
+    parser.add_argument("--models", type=Path, default=Path("runs/cascade_study"), help="folder of the models")
+    parser.add_argument("--results", type=Path, default=RESULTS / "cascade_study.jsonl", help="file of the results")
+    parser.add_argument("--plot", type=Path, default=PLOT, help="file of the plot")
+    parser.add_argument("--report", action="store_true", help="measure nothing, report the results")
     args = parser.parse_args()
-    file = args.output_dir / "cascade_study.json"
-    results = json.loads(file.read_text()) if file.exists() else {}
-    missing = [pair for pair in product(DATA, range(args.seeds)) if f"{pair[0]}/{pair[1]}" not in results]
+    measured = {(row["data"], row["seed"]) for row in read_rows(args.results)}
+    missing = [pair for pair in product(DATA, range(args.seeds)) if pair not in measured]
     if missing and not args.report:
         jobs = [(data, seed, training) for (data, seed), training in product(missing, TRAININGS)]
         with ProcessPoolExecutor(args.num_processes, mp_context=get_context("spawn")) as pool:
@@ -278,9 +270,9 @@ def main():
             folders = dict(zip(jobs, tqdm(trained, desc="Training", total=len(jobs)), strict=True))
         torch.set_num_threads(1)
         for data, seed in missing:
-            results[f"{data}/{seed}"] = measure(data, seed, {name: folders[data, seed, name] for name in TRAININGS})
-            file.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-    report([row for rows in results.values() for row in rows], args.output_dir / "cascade_study.png")
+            rows = measure(data, seed, {name: folders[data, seed, name] for name in TRAININGS})
+            append_rows(args.results, rows)
+    report(read_rows(args.results), args.plot)
 
 
 if __name__ == "__main__":

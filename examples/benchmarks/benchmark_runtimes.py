@@ -1,38 +1,44 @@
 """Every way to run a width, side by side: this model, extracted, compiled, quantised, exported, stock ViT.
 
     pip install -c constraints.txt -e ".[export,study]"
-    python examples/benchmark_runtimes.py --heads 3 6 12 --batch_size 1 8 --json runtimes.json --plot runtimes.png
-    python examples/benchmark_runtimes.py --checkpoint runs/digits --heads 3 12 --rounds 0   # accuracy, not time
+    python examples/benchmarks/benchmark_runtimes.py --heads 3 6 12 --json runtimes.jsonl --plot runtimes.png
+    python examples/benchmarks/benchmark_runtimes.py --checkpoint runs/digits --heads 3 12 --rounds 0  # accuracy only
 
-Each round calls every way once at every width, in a shuffled order, so that a drift of the machine hits all alike, and
-each call comes after one of another width. A ratio is the median over the rounds of stock ViT in float32 over this way,
-both of one round: above 1 is faster than what users of a plain ViT run today. `agreement` is the share of the images on
-which the first label is that of stock ViT; with `--checkpoint`, `accuracy` is that on the held-out digits. A runtime
-that isn't installed is left out.
+Each round calls every way once at every width, in a shuffled order, so that each call comes after one of another width.
+A ratio is the median over the rounds of stock ViT in float32 over this way, both of one round: above 1 is faster than
+what users of a plain ViT run today. `agreement` is the share of the images whose first label is that of stock ViT. With
+`--checkpoint`, `accuracy` is measured on the held-out digits. Runtimes that are not installed are left out.
 """
 
 import argparse
 import copy
-import json
-import random
 import statistics
 import tempfile
-import time
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from timing import format_rows, machine, median_ratio, milliseconds, time_rounds, write_rows
 
 from hydravit_hf import HydraViTConfig, HydraViTForImageClassification
-from hydravit_hf.profiling import device_name
 
 BASELINE = "stock ViT"
+COLUMNS = {
+    "num_heads": ("heads", ""),
+    "way": ("way", ""),
+    "agreement": ("agreement", ".3f"),
+    "accuracy": ("accuracy", ".3f"),
+    "batch_size": ("batch", ""),
+    "latency_ms": ("latency, ms", ".3f"),
+    "throughput": ("images/s", ".1f"),
+    "ratio": ("ratio", ".3f"),
+}
 
 
 def torch_ways(model, num_heads: int) -> dict:
-    """Name -> a function of images (B, C, H, W) that gives logits; the weights are those of `model`."""
+    """Name -> a function of images (B, C, H, W) that gives logits, with the weights of `model`."""
     vit = model.to_vit(num_heads)
     half, half_vit = copy.deepcopy(model).bfloat16(), copy.deepcopy(vit).bfloat16()
     compiled, half_compiled = torch.compile(copy.deepcopy(vit)), torch.compile(copy.deepcopy(half_vit))
@@ -49,7 +55,7 @@ def torch_ways(model, num_heads: int) -> dict:
 
 
 def timm_ways(model, num_heads: int) -> dict:
-    """timm's DeiT of that shape, with other weights; where timm can be imported, which needs torchvision."""
+    """timm's DeiT of that shape, with other weights. timm needs torchvision."""
     try:
         import timm
     except (ImportError, RuntimeError):
@@ -70,7 +76,7 @@ def torchao_ways(model, num_heads: int) -> dict:
 
 
 def onnx_ways(model, num_heads: int, folder: Path, images: torch.Tensor) -> dict:
-    import onnxruntime
+    from benchmark_export import open_session
     from onnxruntime.quantization import CalibrationDataReader, quantize_dynamic, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -87,11 +93,9 @@ def onnx_ways(model, num_heads: int, folder: Path, images: torch.Tensor) -> dict
     quant_pre_process(files["plain"], files["prepared"], skip_symbolic_shape=True)
     quantize_dynamic(files["prepared"], files["dynamic"])
     quantize_static(files["prepared"], files["static"], Images(), per_channel=True)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
 
     def way(file: Path):
-        session = onnxruntime.InferenceSession(file, options)
+        session = open_session(file, torch.get_num_threads())
         return lambda images: torch.from_numpy(session.run(None, {"pixel_values": images.numpy()})[0])
 
     names = {"ONNX Runtime": "plain", "ONNX Runtime, int8 dynamic": "dynamic", "ONNX Runtime, int8 static": "static"}
@@ -124,22 +128,10 @@ def all_ways(model, num_heads: int, folder: Path, images: torch.Tensor) -> dict:
     return ways
 
 
-def seconds(call, *arguments) -> float:
-    start = time.perf_counter()
-    call(*arguments)
-    return time.perf_counter() - start
-
-
 def time_ways(ways: dict, images: dict[int, torch.Tensor], rounds: int) -> dict:
-    """(width, way, batch size) -> seconds of each round. Two rounds warm up, and compile."""
-    keys = [(*key, batch_size) for key in ways for batch_size in images]
-    times, order = {key: [] for key in keys}, random.Random(0)
-    for turn in tqdm(range(-2, rounds), desc="Timing", leave=False):
-        for num_heads, name, batch_size in order.sample(keys, len(keys)):
-            elapsed = seconds(ways[num_heads, name], images[batch_size])
-            if turn >= 0:
-                times[num_heads, name, batch_size].append(elapsed)
-    return times
+    """(width, way, batch size) -> milliseconds of each round. Two rounds warm up, and compile."""
+    calls = {(*key, size): partial(way, batch) for key, way in ways.items() for size, batch in images.items()}
+    return time_rounds(calls, rounds, warmup=2)
 
 
 def time_switches(model, heads: list[int], images: torch.Tensor, rounds: int) -> float:
@@ -147,7 +139,7 @@ def time_switches(model, heads: list[int], images: torch.Tensor, rounds: int) ->
     ratios = []
     for _ in range(rounds):
         for num_heads in heads:
-            first, steady = (seconds(lambda k=num_heads: model(images, num_heads_active=k)) for _ in range(2))
+            first, steady = (milliseconds(partial(model, images, num_heads_active=num_heads)) for _ in range(2))
             ratios.append(first / steady)
     return statistics.median(ratios)
 
@@ -159,17 +151,6 @@ def held_out_digits(checkpoint: Path):
 
     items = load_digits()["test"].with_transform(to_pixel_values(AutoImageProcessor.from_pretrained(checkpoint)))[:]
     return torch.stack(items["pixel_values"]), torch.as_tensor(items["labels"])
-
-
-def table(rows: list[dict]) -> str:
-    """In Markdown."""
-    cells = [
-        list(rows[0]),
-        *[[f"{value:.3f}" if type(value) is float else str(value) for value in row.values()] for row in rows],
-    ]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["| " + " | ".join(map(str.rjust, line, widths)) + " |" for line in cells]
-    return "\n".join([lines[0], "| " + " | ".join("-" * (width - 1) + ":" for width in widths) + " |", *lines[1:]])
 
 
 def plot(rows: list[dict], path: Path, title: str):
@@ -195,25 +176,8 @@ def plot(rows: list[dict], path: Path, title: str):
     figure.savefig(path)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--heads", type=int, nargs="+", default=[3, 6, 12])
-    parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--ways", nargs="+", help="only these, beside stock ViT")
-    parser.add_argument("--checkpoint", type=Path, help="a model of the digits; default: random weights, 224 pixels")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    parser.add_argument("--plot", type=Path, help="also plot the ratios into this file")
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    torch._dynamo.config.recompile_limit = 64  # one piece of code is compiled for each width, way and batch size
-    if args.checkpoint:
-        model = HydraViTForImageClassification.from_pretrained(args.checkpoint).eval()
-        images, labels = held_out_digits(args.checkpoint)
-    else:
-        model = HydraViTForImageClassification(HydraViTConfig(num_labels=1000)).eval()
-        images, labels = torch.randn(32, 3, 224, 224), None
-    machine = f"{device_name(model.device)}, torch {torch.__version__}"
+def measure(model, images: torch.Tensor, labels: torch.Tensor | None, args) -> list[dict]:
+    """A row for each width, way and batch size, and one for switches of the width."""
     batches = {batch_size: images[:batch_size].clone() for batch_size in args.batch_size}
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         ways = {
@@ -229,7 +193,7 @@ def main():
         switch = time_switches(model, args.heads, batches[min(batches)], args.rounds) if args.rounds else None
     rows = []
     for (num_heads, name), found in predicted.items():
-        row = {"num_heads": num_heads, "way": name}
+        row = {"machine": machine(), "num_heads": num_heads, "way": name}
         row["agreement"] = (found == predicted[num_heads, BASELINE]).float().mean().item()
         if labels is not None:
             row["accuracy"] = (found == labels).float().mean().item()
@@ -237,17 +201,43 @@ def main():
             timed = {}
             if times:
                 mine, base = times[num_heads, name, batch_size], times[num_heads, BASELINE, batch_size]
-                latency = 1e3 * statistics.median(mine)
+                latency = statistics.median(mine)
                 timed = {"batch_size": batch_size, "latency_ms": latency, "throughput": 1e3 * batch_size / latency}
-                timed["ratio"] = statistics.median(b / m for b, m in zip(base, mine, strict=True))
+                timed["ratio"] = median_ratio(base, mine)
             rows.append(row | timed)
-    print(f"{machine}\n\n{table(rows)}\n")
-    if switch:
-        print(f"elastic: the first call after a switch of width takes {switch:.3f} x the steady call")
+    return rows if switch is None else [*rows, {"machine": machine(), "way": "elastic", "switch_ratio": switch}]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--heads", type=int, nargs="+", default=[3, 6, 12])
+    parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--ways", nargs="+", help="only these, beside stock ViT")
+    parser.add_argument("--checkpoint", type=Path, help="a model of the digits; default: random weights, 224 pixels")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file, one a line")
+    parser.add_argument("--plot", type=Path, help="also plot the ratios into this file")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    torch._dynamo.config.recompile_limit = 64  # one piece of code is compiled for each width, way and batch size
+    if args.checkpoint:
+        model = HydraViTForImageClassification.from_pretrained(args.checkpoint).eval()
+        images, labels = held_out_digits(args.checkpoint)
+    else:
+        model = HydraViTForImageClassification(HydraViTConfig(num_labels=1000)).eval()
+        images, labels = torch.randn(32, 3, 224, 224), None
+    rows = measure(model, images, labels, args)
+    shown = [row for row in rows if "num_heads" in row]
+    columns = {key: column for key, column in COLUMNS.items() if key in shown[0]}
+    print(f"{machine()}\n\n{format_rows(shown, columns)}")
+    if "switch_ratio" in rows[-1]:
+        print(
+            f"\nelastic: the first call after a switch of width takes {rows[-1]['switch_ratio']:.3f} x the steady call"
+        )
     if args.json:
-        args.json.write_text(json.dumps({"machine": machine, "switch": switch, "rows": rows}, indent=2) + "\n")
+        write_rows(args.json, rows)
     if args.plot:
-        plot(rows, args.plot, machine)
+        plot(shown, args.plot, machine())
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
 """Is one HydraViT as good as a model for each width? A study on two small data sets, three seeds, on a CPU.
 
-    pip install -c constraints.txt -e ".[train,study]" && python examples/width_study.py   # about two hours on 2 cores
-    python examples/width_study.py --report                            # the table and the plot of what was measured
+    pip install -c constraints.txt -e ".[train,study]"
+    python examples/benchmarks/width_study.py              # about two hours on 2 cores
+    python examples/benchmarks/width_study.py --report     # the table and the plot of the results, without training
 
-Ten models, one for each width of 3 to 12 heads, are trained for the same number of epochs. One HydraViT is trained by
-each strategy, twice: for as many epochs as one of those models, and with a quarter of the compute that all ten took
-(multiply-accumulates; backward counts twice). So are the two baselines of the paper: MatFormer, whose MLP alone nests,
-and SortedNet, one nested width drawn from the full range. All share the recipe below. What was measured is added to
-`docs/width_study.json` run by run, and runs that are there are not repeated.
+Ten models, one for each width of 3 to 12 heads, are trained for the same number of epochs. Each strategy trains one
+HydraViT twice: for as many epochs as one of those models, and with a quarter of the compute that all ten took
+(multiply-accumulates; backward counts twice). The two baselines of the paper are trained in the same way: MatFormer,
+whose MLP alone nests, and SortedNet, which draws one nested width from the full range. All share the recipe below. Each
+run adds its row to the file of results, and runs that are in it are not repeated.
 """
 
 import argparse
-import json
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import product
 from multiprocessing import get_context
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from timing import RESULTS, append_rows, read_rows
 from torch.utils.data import TensorDataset
 from tqdm.auto import tqdm
 
@@ -28,8 +29,9 @@ from hydravit_hf.evaluation import score
 from hydravit_hf.model.modeling_hydravit import HydraViTMLP
 from hydravit_hf.training.averaging import AveragedWeights
 from hydravit_hf.training.optimizer import PrefixAdamW, parameter_groups
-from hydravit_hf.training.steps import classification_loss, sample_subnetworks
+from hydravit_hf.training.steps import backward_widths, sample_subnetworks
 
+PLOT = Path(__file__).parents[2] / "docs" / "width_study.png"
 HEADS = list(range(3, 13))
 SHARE = 0.25  # of the compute of ten models, at equal compute
 DATA = {  # how to load it, image size, patch size, epochs, learning rate
@@ -48,7 +50,7 @@ STRATEGIES = {
     "MatFormer": {"sampling": "uniform", "matformer": True},
     "SortedNet": {"sampling": "uniform", "heads": list(range(1, 13))},
 }
-STYLES = {  # what is plotted
+STYLES = {  # lines of the plot
     ("a model for each width", "epochs"): {"color": "0.35", "marker": "s", "linestyle": "--"},
     ("uniform, unused weights frozen", "compute"): {"color": "#4338ca", "marker": "o"},
     ("sandwich, distilled", "compute"): {"color": "#0891b2", "marker": "o"},
@@ -61,7 +63,7 @@ LABEL_SMOOTHING, EMA_DECAY, MAX_GRAD_NORM = 0.1, 0.99, 1.0
 
 
 class MatFormerMLP(HydraViTMLP):
-    """An MLP (https://arxiv.org/abs/2310.07707) of which the leading part of the hidden channels is used."""
+    """An MLP that uses the leading part of its hidden channels (https://arxiv.org/abs/2310.07707)."""
 
     part = 1.0
 
@@ -88,7 +90,7 @@ class MatFormer(HydraViTForImageClassification):
 
 
 def count(config: HydraViTConfig, num_heads: int, matformer: bool = False) -> int:
-    """Multiply-accumulates of an image."""
+    """Count the multiply-accumulates of an image."""
     if not matformer:
         return config.count_macs(num_heads)
     full = config.num_attention_heads
@@ -134,7 +136,7 @@ def train(
     """Train one model for the epochs of its data set, or for a `share` of the compute of ten models.
 
     Returns:
-        "accuracy" on the held-out images at each of `heads`, "steps", and "macs", of the whole training.
+        "accuracy" on the held-out images at each of `heads`, and the "steps" and "macs" of the whole training.
     """
     torch.set_num_threads(1)
     (images, labels), (test_images, test_labels) = (split.tensors for split in load(data))
@@ -144,7 +146,7 @@ def train(
     torch.manual_seed(seed)
     config = make_config(data, heads, weights)
     model = (MatFormer if matformer else HydraViTForImageClassification)(config).train()
-    # 2. The widths of its steps, which are known in advance, and so their cost: backward is twice forward
+    # 2. The widths of all steps, and their costs: backward is twice forward
     steps = [sample_subnetworks(config, seed, number, sampling, draws) for number in range(10 * epochs * per_epoch)]
     macs = {num_heads: 3 * BATCH * count(config, num_heads, matformer) for num_heads in heads}
     costs = np.cumsum([sum(macs[num_heads] for num_heads in widths) for widths in steps])
@@ -154,7 +156,7 @@ def train(
         length = int(np.searchsorted(costs, share * length * ten))
     # 3. The training
     optimise(model, images, labels, steps[:length], seed, learning_rate, freeze, distillation)
-    # 4. What it is worth
+    # 4. The accuracy of each width
     model.eval()
     accuracies = []
     with torch.no_grad():
@@ -174,8 +176,10 @@ def optimise(
     freeze: bool = False,
     distillation: float = 0.0,
 ):
-    """Train a model at the widths of each step, the widest first, by the recipe of all studies; it is left with the
-    averaged weights. The batches are the same for all models of a seed."""
+    """Train a model at the widths of each step, the widest first, by the recipe of all studies.
+
+    It leaves the averaged weights in the model. All models of a seed get the same batches.
+    """
     if freeze:
         optimizer = PrefixAdamW(model, learning_rate, weight_decay=WEIGHT_DECAY)
     else:
@@ -189,14 +193,7 @@ def optimise(
         if position == 0:
             order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1_000 * seed + epoch))
         batch = order[position * BATCH : (position + 1) * BATCH]
-        teacher = None
-        for num_heads in widths:
-            outputs = model(images[batch], num_heads_active=num_heads)
-            logits = outputs.get("stage_logits", outputs.logits)
-            loss = classification_loss(logits, labels[batch], teacher, distillation, LABEL_SMOOTHING)
-            (loss / len(widths)).backward()
-            if distillation and teacher is None:
-                teacher = logits.detach()
+        backward_widths(model, images[batch], labels[batch], widths, number, distillation, LABEL_SMOOTHING)
         if freeze:
             optimizer.num_heads = widths[0]
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
@@ -208,7 +205,7 @@ def optimise(
 
 
 def make_jobs(seeds: int) -> dict[str, dict]:
-    """The runs of the study by name, with the arguments of `train`."""
+    """The arguments of `train` for each run, by its name."""
     jobs = {}
     for seed, data in product(range(seeds), DATA):
         run = {"data": data, "seed": seed}
@@ -221,19 +218,25 @@ def make_jobs(seeds: int) -> dict[str, dict]:
 
 
 def measure(seeds: int, num_processes: int, file: Path) -> dict[str, dict]:
-    """Run the jobs that `file` doesn't hold yet, and add what they find to it."""
-    results = json.loads(file.read_text()) if file.exists() else {}
+    """Do the runs that `file` does not hold yet, and add a row for each."""
+    results = load_results(file)
     jobs = {name: job for name, job in make_jobs(seeds).items() if name not in results}
     with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
         futures = {pool.submit(train, **job): name for name, job in jobs.items()}
         for future in tqdm(as_completed(futures), total=len(jobs), desc="Training models"):
-            results[futures[future]] = future.result()
-            file.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+            name = futures[future]
+            results[name] = future.result()
+            append_rows(file, [{"run": name} | results[name]])
     return results
 
 
+def load_results(file: Path) -> dict[str, dict]:
+    """What each run in `file` has reached, by the name of the run."""
+    return {row.pop("run"): row for row in read_rows(file)}
+
+
 def summarise(results: dict[str, dict], data: str) -> list[dict]:
-    """A row for each method and budget: accuracies of each seed, in percent, (seeds, widths), and the cost."""
+    """Make a row for each method and budget: the accuracies in percent, (seeds, widths), and the cost."""
     seeds = sorted({int(name.rsplit("/", 1)[1]) for name in results if name.startswith(f"{data}/")})
     runs = [[results[f"{data}/alone, {k}/epochs/{seed}"] for k in HEADS] for seed in seeds]
     accuracy = 100 * np.array([[run["accuracy"][0] for run in of_seed] for of_seed in runs])
@@ -255,7 +258,7 @@ def summarise(results: dict[str, dict], data: str) -> list[dict]:
 
 
 def format_rows(rows: list[dict]) -> str:
-    """The rows as a Markdown table: means over the seeds, and of the last mean also the standard deviation."""
+    """Format the rows as a Markdown table. It has means over the seeds, and the deviation of the mean of all widths."""
     lines = ["| method | compute | steps | 3 | 6 | 9 | 12 heads | mean of 3 to 12 | least gain over its own model |"]
     lines.append("| --- |" + " ---: |" * 8)
     for row in rows:
@@ -294,15 +297,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--num_processes", type=int, default=2)
-    parser.add_argument("--output_dir", type=Path, default=Path("docs"))
-    parser.add_argument("--report", action="store_true", help="train nothing, report what was measured")
+    parser.add_argument("--results", type=Path, default=RESULTS / "width_study.jsonl", help="file of the results")
+    parser.add_argument("--plot", type=Path, default=PLOT, help="file of the plot")
+    parser.add_argument("--report", action="store_true", help="train nothing, report the results")
     args = parser.parse_args()
-    file = args.output_dir / "width_study.json"
-    results = json.loads(file.read_text()) if args.report else measure(args.seeds, args.num_processes, file)
+    results = load_results(args.results) if args.report else measure(args.seeds, args.num_processes, args.results)
     rows = {data: summarise(results, data) for data in DATA}
     for data in DATA:
         print(f"\n{data}\n\n{format_rows(rows[data])}")
-    plot(rows, args.output_dir / "width_study.png")
+    plot(rows, args.plot)
 
 
 if __name__ == "__main__":
