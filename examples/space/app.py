@@ -1,6 +1,6 @@
-"""A page on which one HydraViT file runs at the width that a slider picks, beside its widest.
+"""A page that runs one HydraViT file at the width of a slider, beside its widest.
 
-python examples/space/app.py    # trains a small model on handwritten digits first, which takes half a minute, once
+python examples/space/app.py    # first trains a small model on handwritten digits, once: half a minute
 HYDRAVIT_CHECKPOINT=runs/imagenet python examples/space/app.py    # a folder or a Hub id
 """
 
@@ -22,13 +22,13 @@ from hydravit_hf.profiling import profile_subnetworks
 
 HERE = Path(__file__).parent
 DIGITS = """A small model, trained on this machine on the 8 x 8 pixels of scikit-learn's digits. Accuracy: 360 held-out
-images, so one image is 0.3 points. The examples are held out too; 3 heads find the last five hardest."""
-TOP = 3  # labels that are shown
+images, so one image is 0.3 points. The examples are held out too. The last five are the hardest ones for 3 heads."""
+TOP = 3  # number of labels on the page
 UNREADABLE = "This file can't be read as an image. Try a PNG, JPEG or WebP."
 
 
 def build(checkpoint: str | Path | None = None) -> gr.Blocks:
-    """The page for a checkpoint; None: `HYDRAVIT_CHECKPOINT`, or where that isn't set, the digits."""
+    """Build the page for a checkpoint. None means `HYDRAVIT_CHECKPOINT`, or the digits if that is not set."""
     checkpoint = checkpoint or os.environ.get("HYDRAVIT_CHECKPOINT")
     note, examples = "", HERE / "examples"
     if not checkpoint:
@@ -81,8 +81,8 @@ def lay_out(compare, heads: list[int], files: list[str], note: str, with_plot: b
             compare,
             [image, num_heads],
             [strip, narrow, full, table, plot],
-            preprocess=False,  # the pipeline reads the file, and says what is wrong with it
-            trigger_mode="always_last",  # of the many positions of a slider that moves
+            preprocess=False,  # the pipeline reads the file, and its errors name the fault
+            trigger_mode="always_last",  # a moving slider has many positions: answer the last one
             show_progress="hidden",
         )
         event.failure(lambda: None, outputs=image, api_visibility="private")  # the browser can't show it either
@@ -90,8 +90,7 @@ def lay_out(compare, heads: list[int], files: list[str], note: str, with_plot: b
 
 
 def read_results(checkpoint: str | Path) -> list[dict]:
-    """The rows of the checkpoint's results.json, with `num_heads`, `accuracy` and `macs`; none where it has no such
-    file."""
+    """Read the rows of the checkpoint's results.json, with `num_heads`, `accuracy` and `macs`, if it has that file."""
     try:
         return json.loads(Path(cached_file(str(checkpoint), "results.json")).read_text(encoding="utf-8"))
     except OSError:
@@ -99,7 +98,7 @@ def read_results(checkpoint: str | Path) -> list[dict]:
 
 
 def find_upload(image: dict | None) -> Path | None:
-    """The file of an image as the page sends it. No file is read but what was uploaded, and no URL."""
+    """Find the file of an image that the page sends. It must be an upload: the page reads no other file and no URL."""
     if image is None:
         return None
     file = Path(image["path"] or "").resolve()
@@ -109,7 +108,7 @@ def find_upload(image: dict | None) -> Path | None:
 
 
 def predict(classify, file: Path | None, num_heads: int) -> dict[str, float]:
-    """The first labels and their scores."""
+    """Predict the most likely labels and their scores."""
     if file is None:
         return {}
     try:
@@ -120,7 +119,7 @@ def predict(classify, file: Path | None, num_heads: int) -> dict[str, float]:
 
 
 def pick_width(heads: list[int]) -> gr.Slider | gr.Radio:
-    """A slider where the widths are evenly spaced, else a button for each."""
+    """Make a slider if the widths are evenly spaced, or else a button for each."""
     steps, label = {wider - narrower for narrower, wider in pairwise(heads)}, "Attention heads that run"
     if len(steps) == 1:
         return gr.Slider(heads[0], heads[-1], heads[0], step=steps.pop(), label=label, buttons=[])

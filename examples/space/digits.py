@@ -1,4 +1,4 @@
-"""A small HydraViT that is trained on scikit-learn's handwritten digits when the page first starts."""
+"""Trains a small HydraViT on scikit-learn's handwritten digits when the page first starts."""
 
 import json
 import os
@@ -13,15 +13,15 @@ from hydravit_hf.data import load_digits, to_pixel_values
 from hydravit_hf.evaluation import evaluate_subnetworks
 from hydravit_hf.image_processing import make_image_processor
 from hydravit_hf.model.pipeline_hydravit import TASK
-from hydravit_hf.profiling import with_costs
+from hydravit_hf.profiling import add_costs
 from hydravit_hf.training.trainer import HydraViTTrainer, HydraViTTrainingArguments
 
-EASY, HARD = 10, 5  # example images: the first of each digit, and those that the narrowest width finds hardest
+EASY, HARD = 10, 5  # example images: the first of each digit, and the ones that are hardest for the narrowest width
 ENLARGED = 28  # times, so that people can see 8 x 8 pixels
 
 
 def find_or_train() -> Path:
-    """The folder of the trained model: config, weights, image processor, results.json and example images."""
+    """Find the folder of the trained model, with its image processor, results.json and example images, or make it."""
     cache = Path(os.environ.get("HYDRAVIT_SPACE_CACHE") or Path.home() / ".cache" / "hydravit_space")
     folder = cache / "digits"
     if not folder.exists():
@@ -66,7 +66,7 @@ def train(folder: Path, epochs: int = 25, seed: int = 0):
         dataloader_pin_memory=False,
     )
     HydraViTTrainer(model, args, train_dataset=splits["train"]).train()
-    rows = with_costs(config, evaluate_subnetworks(model, splits["test"], batch_size=128, disable_tqdm=True))
+    rows = add_costs(config, evaluate_subnetworks(model, splits["test"], batch_size=128, disable_tqdm=True))
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     (folder / "results.json").write_text(json.dumps(rows, indent=2) + "\n")

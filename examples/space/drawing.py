@@ -1,4 +1,4 @@
-"""What the page shows of widths: HTML and SVG, in the colours of style.css."""
+"""Draws widths as HTML and SVG, in the colours of style.css."""
 
 from hydravit_hf.reporting import COLUMNS
 
@@ -8,7 +8,7 @@ def name_width(num_heads: int) -> str:
 
 
 def draw_heads(num_heads: int, held: int) -> str:
-    """A square for each head that the file holds, filled where it runs."""
+    """Draw a square for each head that the file holds. Those that run are filled."""
     squares = "".join(f'<i class="{"on" if head < num_heads else ""}"></i>' for head in range(held))
     return f'<div class="heads">{squares}</div>'
 
@@ -24,7 +24,7 @@ def compare_costs(narrow: dict, full: dict) -> str:
 
 
 def draw_results(rows: list[dict], num_heads: int, width: int = 380, height: int = 230) -> str:
-    """Accuracy over MACs as SVG, a dot for each width, with that of `num_heads` marked."""
+    """Draw accuracy over MACs as SVG, with a dot for each width. It marks the dot of `num_heads`."""
     if not rows:
         return ""
     percents, macs = [100 * row["accuracy"] for row in rows], [row["macs"] for row in rows]
