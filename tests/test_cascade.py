@@ -16,11 +16,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
-from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, evaluate_subnetworks
+from hydravit_hf import HydraViTConfig, evaluate_subnetworks
 from hydravit_hf import cascade as fitting
 from hydravit_hf.cascade import cascade_latencies, evaluate_cascade, fit_cascade, fit_temperature, save_cascade
-from hydravit_hf.data import load_digits
-from hydravit_hf.image_processing import make_image_processor
 from hydravit_hf.model.cascade_hydravit import run_cascade, uncertainty
 from hydravit_hf.model.configuration_hydravit import CRITERIA
 
@@ -28,10 +26,6 @@ HEADS = [1, 3, 6]
 INFINITY = math.inf
 SETTINGS = {"num_heads": HEADS, "thresholds": [1.5, INFINITY], "criterion": "margin", "temperatures": [0.5, 1.0, 2.0]}
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Fitting and evaluating
-# ---------------------------------------------------------------------------------------------------------------------
 
 QUIET = {"disable_tqdm": True}
 
@@ -220,71 +214,9 @@ def test_a_temperature_undoes_what_made_predictions_too_sure():
     assert fit_temperature(logits, logits.argmax(-1)) == pytest.approx(0.05, rel=0.01)  # nothing to learn from
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From the command
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def folder(make_model, tmp_path):
-    model = make_model(image_size=8, num_labels=10)
-    model.save_pretrained(tmp_path / "tiny")
-    make_image_processor(model.config).save_pretrained(tmp_path / "tiny")
-    return tmp_path / "tiny"
-
-
-def test_the_command_fits_saves_and_runs_a_cascade(hydravit, folder, tmp_path):
-    image = tmp_path / "digit.png"
-    load_digits()["test"][0]["image"].save(image)
-    before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    budget = 2 * HydraViTConfig.from_pretrained(folder).count_macs(3)
-    goal = ["--heads", 1, "--heads", 3, "--heads", 6, "--max-macs", budget]
-    code, out, _ = hydravit("cascade", folder, "digits", *goal, "--json")
-    fitted = json.loads(out)
-    assert code == 0 and fitted["cascade"]["num_heads"] == HEADS and fitted["macs"] <= budget
-    assert before == {file.name: file.read_bytes() for file in folder.iterdir()}
-    code, out, _ = hydravit("cascade", folder, "digits", *goal, "--save")
-    assert code == 0 and "3 heads: answers " in out and f"Accuracy {fitted['accuracy']:.2%} at " in out and "360" in out
-    loaded = HydraViTForImageClassification.from_pretrained(folder)
-    assert loaded.config.cascade == fitted["cascade"]
-    after = {file.name: file.read_bytes() for file in folder.iterdir()}
-    values = json.loads(after.pop("config.json"))
-    assert values == json.loads(before.pop("config.json")) | {"cascade": fitted["cascade"]} and before == after
-    code, out, _ = hydravit("predict", folder, image, "--cascade", "--json")
-    (answer,) = json.loads(out)
-    assert code == 0 and answer["output"][0]["num_heads"] in HEADS
-
-
-def test_predict_runs_a_cascade_of_the_widths_that_it_is_given(hydravit, folder, tmp_path):
-    image = tmp_path / "digit.png"
-    load_digits()["test"][0]["image"].save(image)
-    widths = ["--num-heads-active", 3, "--num-heads-active", 6]
-    for threshold, num_heads in ((0, 6), (1e9, 3)):
-        code, out, _ = hydravit("predict", folder, image, *widths, "--threshold", threshold, "--json")
-        assert code == 0 and {row["num_heads"] for row in json.loads(out)[0]["output"]} == {num_heads}
-        code, out, _ = hydravit("predict", folder, image, *widths, "--threshold", threshold, "--criterion", "margin")
-        assert code == 0 and out.endswith(f"({num_heads} heads)\n")
-    three = ["--num-heads-active", 1, *widths, "--threshold", 0, "--threshold", 1e9]
-    assert json.loads(hydravit("predict", folder, image, *three, "--json")[1])[0]["output"][0]["num_heads"] == 3
-
-
-def test_the_command_says_what_is_wrong_in_one_line(hydravit, folder):
-    wrong = [
-        (["cascade", folder, "digits"], "exactly one goal"),
-        (["cascade", folder, "digits", "--max-macs", 1], "the cheapest, 1 heads"),
-        (["cascade", "user/model", "digits", "--max-macs", 1, "--save"], "local folder, which 'user/model' is not"),
-        (["predict", folder, "missing.png", "--cascade"], "has no `cascade`"),
-        (["predict", folder, "missing.png", "--cascade", "--num-heads-active", 3], "not both"),
-        (["predict", folder, "missing.png", "--num-heads-active", 1, "--num-heads-active", 3], "`thresholds`"),
-        (["predict", folder, "missing.png", "--threshold", 1], "are of a cascade"),
-    ]
-    for arguments, message in wrong:
-        code, out, err = hydravit(*arguments)
-        *_, line = err.splitlines()
-        assert code == 1 and line.startswith("error: ") and message in line and out == ""
-
-
-def test_saving_settings_that_the_model_does_not_hold_changes_nothing(folder):
+def test_saving_settings_that_the_model_does_not_hold_changes_nothing(model, tmp_path):
+    folder = tmp_path / "tiny"
+    model.save_pretrained(folder)
     before = (folder / "config.json").read_bytes()
     for heads in ([1, 7], [3, 1]):
         with pytest.raises(ValueError, match="from 1 to 6"):

@@ -3,14 +3,18 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.exports import trace_once
+from support.thresholds import splitting
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTForImageClassification
 
-from hydravit_hf import HydraViTForImageClassification, evaluate_subnetworks
+from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, evaluate_subnetworks
+from hydravit_hf.cascade import save_cascade
 from hydravit_hf.data import load_digits, to_pixel_values
 from hydravit_hf.image_processing import make_image_processor
 
@@ -95,14 +99,14 @@ def test_predict_gives_labels_and_reports_what_it_cannot_read(hydravit, folder, 
     load_digits()["test"][0]["image"].save(tmp_path / "digit.png")
     (tmp_path / "text.png").write_text("not an image")
     good, bad = tmp_path / "digit.png", tmp_path / "text.png"
-    code, out, _ = hydravit("predict", folder, good, good, "--num-heads-active", 3, "--top-k", 2)
+    code, out, _ = hydravit("predict", folder, good, good, "--num-heads", 3, "--top-k", 2)
     assert code == 0 and out.count(f"{good}: ") == 2 and out.count("%") == 4
     code, out, err = hydravit("predict", folder, good, bad, good, "--json")
     first, second, third = json.loads(out)
     assert code == 1 and first["image"] == third["image"] == str(good)
     assert [row["label"] for row in first["output"]] == [row["label"] for row in third["output"]]
     assert second["output"]["error"] in err and str(bad) in err and err.count("error: ") == 1
-    code, out, err = hydravit("predict", folder, good, "--num-heads-active", 7)
+    code, out, err = hydravit("predict", folder, good, "--num-heads", 7)
     assert code == 1 and "from 1 to 6" in err and out == ""
 
 
@@ -123,24 +127,99 @@ def test_extract_leaves_a_folder_that_loads_by_itself(hydravit, folder, tmp_path
 
 # torch warns of itself as it exports
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning", "ignore::DeprecationWarning")
-def test_export_writes_one_width_or_several(hydravit, folder, tmp_path):
+def test_export_writes_one_width_several_or_the_saved_cascade(hydravit, folder, tmp_path, monkeypatch):
     onnxruntime = pytest.importorskip("onnxruntime")
-    images = torch.randn(2, 3, 8, 8)
+    pytest.importorskip("onnxscript")
+    trace_once(monkeypatch)
+    images = torch.randn(6, 3, 8, 8)
     model = HydraViTForImageClassification.from_pretrained(folder)
-    for path, heads in (("small.onnx", [3]), ("several.onnx", [2, 3])):
-        options = [option for num_heads in heads for option in ("--num-heads", num_heads)]
-        code, out, err = hydravit("export", folder, tmp_path / path, *options)
-        assert code == 0 and str(tmp_path / path) in out, err
-        session = onnxruntime.InferenceSession(tmp_path / path)
-        inputs = {"pixel_values": images.numpy()}
-        if len(heads) > 1:
-            inputs["num_heads_active"] = np.array(3)
-        (logits,) = session.run(None, inputs)
-        torch.testing.assert_close(torch.from_numpy(logits), model(images, num_heads_active=3).logits)
-    code, _, err = hydravit("export", folder, tmp_path / "x", "--format", "nonsense")
-    assert code == 1 and "nonsense" in err and not (tmp_path / "x").exists()
-    code, _, err = hydravit("export", folder, tmp_path / "x.onnx", "--num-heads", 7)
-    assert code == 1 and "from 1 to 6" in err
+    expected = model(images, num_heads_active=3).logits
+    code, out, err = hydravit("export", folder, tmp_path / "one.pt2", "--num-heads", 3, "--format", "torch_export")
+    assert code == 0 and str(tmp_path / "one.pt2") in out, err
+    torch.testing.assert_close(torch.export.load(tmp_path / "one.pt2").module()(pixel_values=images).logits, expected)
+
+    def run(path, **inputs):
+        return onnxruntime.InferenceSession(tmp_path / path).run(None, {"pixel_values": images.numpy(), **inputs})
+
+    code, _, err = hydravit("export", folder, tmp_path / "several.onnx", "--heads", 2, "--heads", 3)
+    (logits,) = run("several.onnx", num_heads_active=np.array(3))
+    assert code == 0, err
+    torch.testing.assert_close(torch.from_numpy(logits), expected)
+    code, _, err = hydravit("export", folder, tmp_path / "cascade.onnx", "--cascade")
+    assert code == 1 and "has no `cascade`" in err and err.startswith("error: ") and err.count("\n") == 1
+    save_cascade(folder, {"num_heads": [2, 3], "thresholds": splitting(model, images, [2, 3])})
+    code, _, err = hydravit("export", folder, tmp_path / "cascade.onnx", "--cascade")
+    outputs = HydraViTForImageClassification.from_pretrained(folder).cascade(images)
+    assert code == 0 and set(outputs.num_heads.tolist()) == {2, 3}, err
+    for found, value in zip(run("cascade.onnx"), outputs.to_tuple(), strict=True):
+        torch.testing.assert_close(torch.from_numpy(found), value)
+
+
+def test_export_says_what_is_wrong_and_writes_nothing(hydravit, folder, tmp_path):
+    for options, message in (
+        (["--format", "nonsense"], "nonsense"),
+        (["--num-heads", 7], "from 1 to 6"),
+        (["--heads", 2, "--heads", 7], "from 1 to 6"),
+        (["--cascade", "--num-heads", 2], "--cascade"),
+        (["--heads", 2, "--num-heads", 2], "--heads"),
+        (["--cascade", "--format", "openvino"], "for ONNX only"),
+        (["--heads", 2, "--format", "openvino"], "for ONNX only"),
+    ):
+        code, out, err = hydravit("export", folder, tmp_path / "x.onnx", *options)
+        assert code == 1 and out == "" and message in err and not (tmp_path / "x.onnx").exists()
+
+
+def test_cascade_fits_saves_and_predict_runs_one(hydravit, folder, tmp_path):
+    image = tmp_path / "digit.png"
+    load_digits()["test"][0]["image"].save(image)
+    before = {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+    budget = 2 * HydraViTConfig.from_pretrained(folder).count_macs(3)
+    goal = ["--heads", 1, "--heads", 3, "--heads", 6, "--max-macs", budget]
+    code, out, _ = hydravit("cascade", folder, "digits", *goal, "--json")
+    fitted = json.loads(out)
+    assert code == 0 and fitted["cascade"]["num_heads"] == [1, 3, 6] and fitted["macs"] <= budget
+    assert before == {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+    code, out, _ = hydravit("cascade", folder, "digits", *goal, "--save")
+    assert code == 0 and "3 heads: answers " in out and f"Accuracy {fitted['accuracy']:.2%} at " in out and "360" in out
+    loaded = HydraViTForImageClassification.from_pretrained(folder)
+    assert loaded.config.cascade == fitted["cascade"]
+    after = {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+    values = json.loads(after.pop("config.json"))
+    assert values == json.loads(before.pop("config.json")) | {"cascade": fitted["cascade"]} and before == after
+    code, out, _ = hydravit("predict", folder, image, "--cascade", "--json")
+    (answer,) = json.loads(out)
+    assert code == 0 and answer["output"][0]["num_heads"] in [1, 3, 6]
+
+
+def test_predict_runs_a_cascade_of_the_widths_that_it_is_given(hydravit, folder, tmp_path):
+    image = tmp_path / "digit.png"
+    load_digits()["test"][0]["image"].save(image)
+    widths = ["--heads", 3, "--heads", 6]
+    for threshold, num_heads in ((0, 6), (1e9, 3)):
+        code, out, _ = hydravit("predict", folder, image, *widths, "--thresholds", threshold, "--json")
+        assert code == 0 and {row["num_heads"] for row in json.loads(out)[0]["output"]} == {num_heads}
+        code, out, _ = hydravit("predict", folder, image, *widths, "--thresholds", threshold, "--criterion", "margin")
+        assert code == 0 and out.endswith(f"({num_heads} heads)\n")
+    three = ["--heads", 1, *widths, "--thresholds", 0, "--thresholds", 1e9]
+    assert json.loads(hydravit("predict", folder, image, *three, "--json")[1])[0]["output"][0]["num_heads"] == 3
+
+
+def test_commands_of_cascades_say_what_is_wrong_in_one_line(hydravit, folder):
+    wrong = [
+        (["cascade", folder, "digits"], "exactly one goal"),
+        (["cascade", folder, "digits", "--max-macs", 1], "the cheapest, 1 heads"),
+        (["cascade", "user/model", "digits", "--max-macs", 1, "--save"], "local folder, which 'user/model' is not"),
+        (["predict", folder, "missing.png", "--cascade"], "has no `cascade`"),
+        (["predict", folder, "missing.png", "--cascade", "--num-heads", 3], "--cascade"),
+        (["predict", folder, "missing.png", "--heads", 1, "--num-heads", 3], "--heads"),
+        (["predict", folder, "missing.png", "--heads", 1, "--heads", 3], "needs `--thresholds`"),
+        (["predict", folder, "missing.png", "--heads", 1, "--heads", 3, "--thresholds", -1], "from 0"),
+        (["predict", folder, "missing.png", "--thresholds", 1], "belong to a cascade"),
+    ]
+    for arguments, message in wrong:
+        code, out, err = hydravit(*arguments)
+        *_, line = err.splitlines()
+        assert code == 1 and line.startswith("error: ") and message in line and out == ""
 
 
 @pytest.mark.parametrize(
@@ -156,7 +235,7 @@ def test_export_writes_one_width_or_several(hydravit, folder, tmp_path):
     ],
     ids=lambda arguments: arguments[0],
 )
-def test_what_does_not_exist_is_named_in_one_line(hydravit, monkeypatch, tmp_path, arguments):
+def test_a_path_that_does_not_exist_is_named_in_one_line(hydravit, monkeypatch, tmp_path, arguments):
     monkeypatch.chdir(tmp_path)
     code, out, err = hydravit(*arguments)
     assert code == 1 and out == "" and not list(tmp_path.iterdir())
@@ -167,23 +246,14 @@ def test_wrong_usage_exits_with_2(hydravit):
     for arguments in (["profile"], ["predict", "model"], ["nonsense"], ["profile", "model", "--batch-size", "0"]):
         assert hydravit(*arguments)[0] == 2
     code, out, _ = hydravit("--help")
-    commands = ("profile", "evaluate", "predict", "extract", "convert", "card", "push")
+    commands = ("profile", "evaluate", "predict", "cascade", "extract", "export", "convert", "card", "push")
     assert code == 0 and all(command in out for command in commands)
 
 
 def test_the_installed_command_keeps_json_apart_from_messages(folder, tmp_path):
     load_digits()["test"][0]["image"].save(tmp_path / "digit.png")
-    command = [
-        sys.executable,
-        "-W",
-        "error",
-        "-m",
-        "hydravit_hf.cli",
-        "predict",
-        folder,
-        tmp_path / "digit.png",
-        "--json",
-    ]
+    command = [sys.executable, "-W", "error", "-m", "hydravit_hf.cli"]
+    command += ["predict", folder, tmp_path / "digit.png", "--json"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0 and len(json.loads(result.stdout)) == 1
     assert "error" not in result.stderr.lower() and "warning" not in result.stderr.lower()
