@@ -79,7 +79,7 @@ def likely_most(macs: float, narrow: float, wide: float, images: int) -> float:
 
 
 @pytest.mark.parametrize("heads", [[1, 6], [1, 3, 6], [1, 2, 4, 6], list(range(1, 7))])
-def test_what_was_fitted_is_what_running_it_gives(model, labelled, heads):
+def test_running_a_fitted_cascade_gives_what_the_fit_says(model, labelled, heads):
     budget = 0.6 * sum(model.config.count_macs(num_heads) for num_heads in heads)
     fitted = fit_cascade(model, labelled, heads, max_macs=budget, **QUIET)
     assert fitted["cascade"]["num_heads"] == heads and fitted["macs"] <= budget and fitted["images"] == 40
@@ -95,7 +95,7 @@ def test_what_was_fitted_is_what_running_it_gives(model, labelled, heads):
     json.loads(json.dumps(fitted, allow_nan=False))
 
 
-def test_cascades_that_stop_nowhere_and_everywhere_are_worth_what_the_widths_are(model, labelled):
+def test_cascades_that_stop_nowhere_and_everywhere_have_the_scores_of_the_widths(model, labelled):
     widths = evaluate_subnetworks(model, labelled, [1, 6], **QUIET)
     for threshold, row in zip((INFINITY, 0), widths, strict=True):
         found = evaluate_cascade(model, labelled, [1, 6], threshold, **QUIET)

@@ -111,6 +111,14 @@ def test_the_command_saves_a_folder_that_loads_at_any_width_with_its_processor(s
     assert model(pixel_values).logits.shape == (1, LABELS)
 
 
+def test_the_hydravit_command_converts_too(hydravit, source, tmp_path):
+    code, out, _ = hydravit("convert", source, tmp_path / "converted", "--no-ema")
+    assert code == 0 and "4 heads" in out and str(tmp_path / "converted") in out
+    loaded = HydraViTForImageClassification.from_pretrained(tmp_path / "converted")
+    expected = convert_original_checkpoint(source, use_ema=False)
+    assert all(map(torch.equal, loaded.parameters(), expected.parameters()))
+
+
 def test_the_statistics_of_the_training_arguments_win(tmp_path):
     arguments = argparse.Namespace(mean=(0.1, 0.2, 0.3), std=[0.4, 0.5, 0.6])
     main([str(training_file(tmp_path / "source.pth.tar", args=arguments)), str(tmp_path / "converted")])
@@ -142,7 +150,7 @@ def test_a_malicious_pickle_is_refused_and_does_nothing(tmp_path, entry):
     assert not trace.exists()
 
 
-def test_what_is_no_whole_training_file_is_one_clear_error(tmp_path, source):
+def test_a_file_that_is_no_whole_training_file_is_one_clear_error(tmp_path, source):
     def converting(data: bytes):
         (tmp_path / "file.pth.tar").write_bytes(data)
         return convert_original_checkpoint(tmp_path / "file.pth.tar")

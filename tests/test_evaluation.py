@@ -96,7 +96,7 @@ def test_there_is_a_row_for_each_width_in_the_order_asked_for():
 
 
 @pytest.mark.parametrize("num_labels", [2, 5])
-def test_with_at_most_five_labels_every_label_is_among_the_first_five(num_labels):
+def test_every_label_is_among_the_first_five_of_at_most_five(num_labels):
     model, items = make_classifier(num_labels=num_labels), make_items(12, num_labels)
     assert [row["top5_accuracy"] for row in evaluate_subnetworks(model, items)] == [1.0] * 3
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hub_server import HubServer
+from support.hub_server import HubServer
 
 from hydravit_hf.data import load_digits
 from hydravit_hf.image_processing import make_image_processor
@@ -215,7 +215,7 @@ def test_a_private_model_loads_with_a_token_of_its_owner_only(hub, user, reader,
             assert len(str(error.value)) < 500
 
 
-def test_what_does_not_exist_is_one_error_that_names_it(user, reader, images, hub, save):
+def test_a_repository_that_does_not_exist_is_one_error_that_names_it(user, reader, images, hub, save):
     push(user, save()[0], "user/existing")
     for client in (user, reader):
         for options in ({}, {"num_attention_heads": 3}):
@@ -277,7 +277,7 @@ def test_a_push_during_a_load_never_mixes_two_commits(hub, user, save, images, t
     check(user.logits("user/race", images), narrow, images)
 
 
-def test_offline_the_cache_is_enough_and_its_lack_is_one_error(hub, user, save, images, tmp_path):
+def test_the_cache_is_enough_offline_and_its_lack_is_one_error(hub, user, save, images, tmp_path):
     folder, model = save()
     push(user, folder, "user/offline")
     check(user.logits("user/offline", images), model, images)
@@ -291,7 +291,7 @@ def test_offline_the_cache_is_enough_and_its_lack_is_one_error(hub, user, save, 
 
 
 @pytest.mark.slow  # the client tries for 23 seconds; its fast sibling is the test above
-def test_without_a_network_the_cache_is_enough_and_its_lack_is_one_error(hub, user, save, images, tmp_path):
+def test_the_cache_is_enough_without_a_network_and_its_lack_is_one_error(hub, user, save, images, tmp_path):
     folder, model = save()
     push(user, folder, "user/alone")
     with HubServer() as other:

@@ -129,7 +129,7 @@ def read_scores(box) -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_in_a_browser_the_slider_shows_each_width_of_the_uploaded_image(model, checkpoint, picture, browser, tmp_path):
+def test_the_slider_shows_each_width_of_the_uploaded_image_in_a_browser(model, checkpoint, picture, browser, tmp_path):
     pytest.importorskip("gradio", reason="needs the extra `space`")
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     text = tmp_path / "text.png"
