@@ -101,6 +101,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, request, response, code, message, headers, url):
         if urlsplit(url).scheme not in ("http", "https"):
+            response.close()
             raise OSError(f"the server redirects to '{urlsplit(url).scheme}', which is not http(s)")
         return super().redirect_request(request, response, code, message, headers, url)
 
