@@ -1,6 +1,9 @@
-"""Fitting a cascade over widths to a goal, and what it is worth: see `cascade_hydravit` for how it runs.
+"""Fits a cascade over widths to a goal, and evaluates it. `cascade_hydravit` runs it.
 
-Letters in shapes: S widths, N images.
+A cascade is fitted on arrays: every width runs once on every image, and the search for thresholds then compares only
+uncertainties, hits and costs.
+
+Letters in shapes: S widths, N images. The stage of an image is the index of the width that answers.
 """
 
 import json
@@ -24,11 +27,11 @@ from .model.configuration_hydravit import HydraViTConfig, as_pair
 from .model.modeling_hydravit import HydraViTForImageClassification
 from .profiling import time_interleaved
 
-TOLERANCE = 1.05  # of a budget, which the mean over as many new images keeps with 95 % confidence
-CONFIDENCE = 1.645  # standard errors, one-sided
-COARSE = 4_000  # combinations of thresholds that are tried before each one is refined
-SWEEPS = 20  # over the thresholds, at most
-TEMPERATURES = (0.05, 20.0)
+TOLERANCE = 1.05  # the mean cost of as many new images stays within 1.05 x budget ...
+CONFIDENCE = 1.645  # ... with 95 % confidence: standard errors, one-sided
+COARSE = 4_000  # number of threshold combinations to try before each threshold is refined
+SWEEPS = 20  # largest number of passes over the thresholds that refine them
+TEMPERATURES = (0.05, 20.0)  # smallest and largest temperature
 
 
 def fit_cascade(
@@ -45,74 +48,84 @@ def fit_cascade(
     num_workers: int = 0,
     disable_tqdm: bool = False,
 ) -> dict:
-    """Find the temperatures and thresholds of a cascade that meet one goal on labelled images, best those that the
-    model was not trained on.
+    """Find the temperatures and thresholds of a cascade that meet one goal best.
 
-    Each width's temperature minimises the cross-entropy of its predictions. Then, of two widths, every threshold that
-    tells the images apart is tried. Of more, a grid over quantiles of the uncertainties is, and from its best point
-    one threshold after the other, in the same way, until none improves: good, but not always the best of all.
+    Fit it on images that the model was not trained on. Each width gets the temperature that minimises the
+    cross-entropy of its predictions. For two widths, the search tries every threshold that separates two images. For
+    more widths, it tries a grid of quantiles of the uncertainties and then improves one threshold at a time until none
+    improves. That is good, but not always the best of all.
 
     Args:
-        model: The model; it is run where it is, in `eval()` mode, and left in the mode that it had.
-        dataset: Of items `{"pixel_values": (C, H, W), "labels": int}`, or a `DataLoader` of batches of them.
-        heads: Two head counts or more, in increasing order; None: the narrowest and the widest that the model was
-            trained to run, and the one nearest to their geometric mean.
-        max_macs: The most multiply-accumulates of an image on average: the thresholds of the highest accuracy within
-            this budget. They leave room for chance: the mean over as many new images of the same kind stays within
-            5 % of the budget, with 95 % confidence.
-        max_latency_ms: The same for milliseconds of an image on average.
-        max_accuracy_loss: Instead, the accuracy on these images that may be lost against the widest, a fraction: the
-            thresholds with the fewest MACs.
-        criterion: "entropy", "margin" or "probability".
-        calibrate: Whether to fit the temperatures; otherwise they are 1.
-        latencies: For `max_latency_ms`, the milliseconds that an image takes which stops at each of `heads`; None: they
-            are measured on the spot by `cascade_latencies`, for images that come one by one. For those that come in
-            batches, sums over the rows of `profile_subnetworks` say less than the truth where a pass of few images
-            takes as long as one of many.
-        batch_size, num_workers: Of the loader that is made of a dataset.
-        disable_tqdm: Whether to show no progress bar.
+        model: The model. It stays on its device and in its mode; it runs in `eval()` mode.
+        dataset: Items `{"pixel_values": (C, H, W), "labels": int}`, or a `DataLoader` of batches of them.
+        heads: Two head counts or more, in increasing order. None means the narrowest and the widest of
+            `model.config.subnetwork_heads`, and the one nearest to their geometric mean.
+        max_macs: Goal: the highest accuracy within this mean number of multiply-accumulates per image. The thresholds
+            leave room for chance: the mean cost of as many new images stays within 1.05 x budget with 95 % confidence.
+        max_latency_ms: Goal: the same for the mean latency per image in milliseconds.
+        max_accuracy_loss: Goal: the fewest multiply-accumulates with an accuracy on these images that is at most this
+            fraction below that of the widest.
+        criterion: Measure of uncertainty: "entropy", "margin" or "probability".
+        calibrate: Whether to fit the temperatures. Otherwise they are 1.
+        latencies: For `max_latency_ms`, the latency in milliseconds of an image that exits at each of `heads`. None
+            measures them with `cascade_latencies`, for images that come one by one. For images that come in batches,
+            measure your own: a sum of latencies from `profile_subnetworks` is too low if a pass of few images takes as
+            long as one of many.
+        batch_size, num_workers: Arguments of the loader, if `dataset` is not one.
+        disable_tqdm: Whether to hide the progress bars.
 
     Returns:
-        - `cascade`: the settings, for `model.config.cascade`.
-        - `accuracy`, `macs` (mean of an image) and, for that goal, `latency_ms`: what they reach on these images.
-        - `shares`: of the images, whose answer is from each of the widths.
-        - `widest_accuracy`: of the widest alone; `images`: their number.
+        A dictionary of the settings and of what they reach on these images:
+
+        - `cascade`: Settings for `model.config.cascade`.
+        - `accuracy`, `macs`: Accuracy, and mean multiply-accumulates of an image.
+        - `latency_ms`: Mean latency of an image, if that is the goal.
+        - `shares`: Fraction of the images that each width answers.
+        - `widest_accuracy`: Accuracy of the widest alone.
+        - `images`: Number of images.
 
     Raises:
-        ValueError: A goal that can't be met, and what the cheapest or the most accurate cascade reaches; not exactly
-            one goal; fewer than two widths, or an argument out of its range; no data.
+        ValueError: No cascade meets the goal (the message says what the cheapest or the most accurate one reaches),
+            there is not exactly one goal, there are fewer than two widths, an argument is out of its range, or there is
+            no data.
+
+    Example:
+        >>> import torch
+        >>> from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, fit_cascade
+        >>> config = HydraViTConfig(num_hidden_layers=1, image_size=16, num_labels=2)
+        >>> model = HydraViTForImageClassification(config)
+        >>> held_out = [{"pixel_values": torch.randn(3, 16, 16), "labels": n % 2} for n in range(40)]
+        >>> fitted = fit_cascade(model, held_out, [3, 12], max_macs=config.count_macs(12))
+        >>> model.config.cascade = fitted["cascade"]  # the default of `model.cascade` and saved with the model
+        >>> fitted["cascade"]["num_heads"], fitted["images"], fitted["macs"] <= config.count_macs(12)
+        ([3, 12], 40, True)
     """
-    goals = {"max_macs": max_macs, "max_latency_ms": max_latency_ms, "max_accuracy_loss": max_accuracy_loss}
-    given = [(name, limit) for name, limit in goals.items() if limit is not None]
-    if len(given) != 1:
-        raise ValueError(f"Give exactly one goal of {', '.join(f'`{name}`' for name in goals)}.")
-    ((goal, limit),) = given
-    least = -1 if goal == "max_accuracy_loss" else 0
-    if not isinstance(limit, Real) or isinstance(limit, bool) or not least < limit < math.inf:
-        raise ValueError(f"`{goal}` must be a number above {least}, not {limit!r}.")
+    goal, limit = _check_goal(max_macs=max_macs, max_latency_ms=max_latency_ms, max_accuracy_loss=max_accuracy_loss)
     config = model.config
     heads = _default_heads(config) if heads is None else heads
     heads = config.resolve_cascade(heads, 0.0, criterion)["num_heads"]
     if len(heads) < 2:
         raise ValueError(f"`heads` must be two head counts or more, not {heads}.")
+    # 1. The cost of an image that exits at each width
     macs = np.array(config.count_cascade_macs(heads), dtype=float)
     costs = macs
     if goal == "max_latency_ms":
         if latencies is None:
             latencies = cascade_latencies(model, heads, criterion, disable_tqdm=disable_tqdm)
-        costs = np.array(latencies, dtype=float)
-        if costs.shape != macs.shape or not (costs > 0).all():
-            raise ValueError(f"`latencies` must be a positive number for each of the heads {heads}, not {latencies!r}.")
+        costs = _check_latencies(latencies, heads)
+    # 2. The uncertainties of the narrower widths, and whether each width is right
     logits, labels = _predict(model, dataset, heads, batch_size, num_workers, disable_tqdm)
     temperatures = [fit_temperature(of_width, labels) if calibrate else 1.0 for of_width in logits]
     narrower = zip(logits[:-1], temperatures[:-1], strict=True)
     uncertain = np.stack([uncertainty(of_width, criterion, t).double().numpy() for of_width, t in narrower])
     hits = (logits.argmax(-1) == labels).double().numpy()
+    # 3. The thresholds
     thresholds = _search(uncertain, hits, costs, _within(goal, limit, hits, costs))
     if thresholds is None:
         raise ValueError(_cannot_meet(goal, limit, heads, uncertain, hits, costs))
-    never = math.log(config.num_labels) + 1  # above every uncertainty, and a number in every JSON
+    never = math.log(config.num_labels) + 1  # above every uncertainty, and a number in every JSON, unlike infinity
     thresholds = [min(threshold, never) for threshold in thresholds]
+    # 4. What they reach
     exits = _exits(uncertain, thresholds)
     fitted = {
         "cascade": config.resolve_cascade(heads, thresholds, criterion, temperatures),
@@ -137,20 +150,33 @@ def evaluate_cascade(
     num_workers: int = 0,
     disable_tqdm: bool = False,
 ) -> dict:
-    """Run a cascade over labelled images.
+    """Evaluate a cascade on labelled images.
 
     Args:
         model, dataset, batch_size, num_workers, disable_tqdm: As in `fit_cascade`.
-        heads, thresholds, criterion, temperatures: As in `HydraViTForImageClassification.cascade`: what is None is
-            that of `model.config.cascade`.
+        heads, thresholds, criterion, temperatures: Settings of the cascade, as in `cascade_hydravit.run_cascade`. None
+            takes them from `model.config.cascade`.
 
     Returns:
-        A row with `num_heads` and `thresholds`; `accuracy`, `top5_accuracy` and `loss`, as `evaluate_subnetworks` gives
-        them; `macs`: multiply-accumulates of an image on average; `shares`: of the images, whose answer is from each
-        of the widths.
+        A row of results:
+
+        - `num_heads`, `thresholds`: Settings of the cascade.
+        - `accuracy`, `top5_accuracy`, `loss`: As in the rows of `evaluate_subnetworks`.
+        - `macs`: Mean multiply-accumulates of an image.
+        - `shares`: Fraction of the images that each width answers.
 
     Raises:
-        ValueError: No data, or an argument out of its range.
+        ValueError: There is no data, or an argument is out of its range.
+
+    Example:
+        >>> import torch
+        >>> from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, evaluate_cascade
+        >>> config = HydraViTConfig(num_hidden_layers=1, image_size=16, num_labels=2)
+        >>> model = HydraViTForImageClassification(config)
+        >>> data = [{"pixel_values": torch.randn(3, 16, 16), "labels": n % 2} for n in range(8)]
+        >>> row = evaluate_cascade(model, data, heads=[3, 12], thresholds=0.0)  # 0 sends every image on
+        >>> row["shares"], row["macs"] == config.count_macs(3) + config.count_macs(12)
+        ([0.0, 1.0], True)
     """
     settings = model.config.resolve_cascade(heads, thresholds, criterion, temperatures)
     scores, num_heads, macs = [], [], []
@@ -168,11 +194,15 @@ def evaluate_cascade(
 
 
 def save_cascade(folder: str | Path, cascade: dict):
-    """Write the settings of a cascade into the configuration of a checkpoint in a local folder; nothing else changes.
+    """Write the settings of a cascade into the configuration of a saved checkpoint. Nothing else in it changes.
+
+    Args:
+        folder: Folder of the checkpoint.
+        cascade: Settings, as in `HydraViTConfig`.
 
     Raises:
-        ValueError: Settings that the model doesn't hold.
-        OSError: No such folder.
+        ValueError: A setting is out of its range.
+        OSError: The folder does not exist.
     """
     file = Path(folder) / CONFIG_NAME
     values = json.loads(file.read_text(encoding="utf-8"))
@@ -184,12 +214,13 @@ def save_cascade(folder: str | Path, cascade: dict):
 
 
 def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """The temperature from 0.05 to 20 at which the mean cross-entropy is least (https://arxiv.org/abs/1706.04599), by
-    ternary search: it has one minimum.
+    """Find the temperature from 0.05 to 20 that minimises the mean cross-entropy (https://arxiv.org/abs/1706.04599).
+
+    The cross-entropy has one minimum, so ternary search finds it.
 
     Args:
-        logits: (N, labels).
-        labels: (N,).
+        logits: Logits, (N, labels).
+        labels: Labels, (N,).
     """
     logits = logits.double()
     low, high = map(math.log, TEMPERATURES)
@@ -207,20 +238,48 @@ def cascade_latencies(
     rounds: int = 30,
     disable_tqdm: bool = False,
 ) -> list[float]:
-    """Milliseconds that a cascade takes for one image that stops at each of `heads`: medians of interleaved rounds, on
-    the model's device."""
+    """Measure the latency in ms of an image that exits a cascade at each width.
+
+    It gives medians of interleaved rounds on the model's device, for images that come one by one.
+
+    Args:
+        model: The model. It stays on its device and in its mode; it runs in `eval()` mode.
+        heads: Head counts in increasing order.
+        criterion: Measure of uncertainty.
+        rounds: Number of timings of each exit.
+        disable_tqdm: Whether to hide the progress bar.
+    """
     config = model.config
     shape = (1, config.num_channels, *as_pair(config.image_size))
     image = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
 
     def run(stage: int):
         thresholds = [0.0] * stage + [math.inf] * (len(heads) - 1 - stage)
-        model.cascade(image, heads, thresholds, criterion).logits.cpu()  # which waits for a GPU
+        model.cascade(image, heads, thresholds, criterion).logits.cpu()  # the copy waits for a GPU
 
     passes = {stage: partial(run, stage) for stage in range(len(heads))}
     with evaluating(model):
         milliseconds = time_interleaved(passes, rounds, 3, disable_tqdm)
     return [statistics.median(milliseconds[stage]) for stage in passes]
+
+
+def _check_goal(**goals: float | None) -> tuple[str, float]:
+    """The name and the limit of the one goal that is given."""
+    given = [(name, limit) for name, limit in goals.items() if limit is not None]
+    if len(given) != 1:
+        raise ValueError(f"Give exactly one goal of {', '.join(f'`{name}`' for name in goals)}.")
+    ((goal, limit),) = given
+    least = -1 if goal == "max_accuracy_loss" else 0
+    if not isinstance(limit, Real) or isinstance(limit, bool) or not least < limit < math.inf:
+        raise ValueError(f"`{goal}` must be a number above {least}, not {limit!r}.")
+    return goal, limit
+
+
+def _check_latencies(latencies: list[float], heads: list[int]) -> np.ndarray:
+    costs = np.array(latencies, dtype=float)
+    if costs.shape != (len(heads),) or not (costs > 0).all():
+        raise ValueError(f"`latencies` must be a positive number for each of the heads {heads}, not {latencies!r}.")
+    return costs
 
 
 def _default_heads(config: HydraViTConfig) -> list[int]:
@@ -230,7 +289,7 @@ def _default_heads(config: HydraViTConfig) -> list[int]:
 
 
 def _batches(model, dataset, batch_size: int, num_workers: int, disable_tqdm: bool) -> Iterator:
-    """Images and labels on the model's device. The model is in `eval()` mode until the last batch."""
+    """Yield images and labels on the model's device. The model is in `eval()` mode until the last batch."""
     loader = make_loader(dataset, batch_size, num_workers)
     with evaluating(model):
         for batch in tqdm(loader, desc="Evaluating", disable=disable_tqdm, leave=False):
@@ -239,7 +298,7 @@ def _batches(model, dataset, batch_size: int, num_workers: int, disable_tqdm: bo
 
 @torch.no_grad()
 def _predict(model, dataset, heads: list[int], *options) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (S, N, labels) of all widths, and labels (N,)."""
+    """Compute the logits of all widths, (S, N, labels), and collect the labels, (N,)."""
     logits, labels = [], []
     for pixel_values, of_batch in _batches(model, dataset, *options):
         widths = [model(pixel_values, num_heads_active=num_heads).logits.float().cpu() for num_heads in heads]
@@ -255,8 +314,11 @@ def _check_not_empty(batches: list):
 
 
 def _within(goal: str, limit: float, hits: np.ndarray, costs: np.ndarray) -> Callable:
-    """Which of some cascades is the best that meets the goal, by their accuracies, mean costs and the standard
-    deviations of the costs; None where none does."""
+    """Make the function that picks the best cascade within the goal.
+
+    It takes the accuracies of some cascades, their mean costs and the standard deviations of their costs. It returns
+    the index of the best one, or None if none meets the goal. `_search` describes the arrays.
+    """
     images, floor = hits.shape[1], hits[-1].mean() - limit
 
     def best(accuracy: np.ndarray, cost: np.ndarray, deviation: np.ndarray) -> int | None:
@@ -272,13 +334,13 @@ def _within(goal: str, limit: float, hits: np.ndarray, costs: np.ndarray) -> Cal
 
 
 def _search(uncertain: np.ndarray, hits: np.ndarray, costs: np.ndarray, best: Callable) -> list[float] | None:
-    """The thresholds that are `best`.
+    """Search the thresholds that `best` picks. The result is None if it picks none.
 
     Args:
-        uncertain: (S - 1, N), of all widths but the widest.
-        hits: (S, N), whether each width is right.
-        costs: (S,), of an image that stops at a width, the narrower ones included.
-        best: Of `_within`.
+        uncertain: Uncertainty of every image at all widths but the widest, (S - 1, N).
+        hits: Whether each width is right, as 0 or 1, (S, N).
+        costs: Cost of an image that exits at each width, including the narrower ones, (S,).
+        best: Function from `_within`.
     """
     steps = len(uncertain)
     levels = np.linspace(0, 1, min(64, max(2, int(COARSE ** (1 / steps)))))
@@ -296,7 +358,7 @@ def _search(uncertain: np.ndarray, hits: np.ndarray, costs: np.ndarray, best: Ca
         for step in range(steps):
             cuts, *reached = _sweep(uncertain, hits, costs, thresholds, step)
             index = best(*reached)
-            if index is not None:  # as it may be by a rounding error
+            if index is not None:  # a rounding error can make all of them miss the goal
                 thresholds[step] = float(cuts[index])
         if thresholds == before:
             break
@@ -304,13 +366,16 @@ def _search(uncertain: np.ndarray, hits: np.ndarray, costs: np.ndarray, best: Ca
 
 
 def _sweep(uncertain, hits, costs, thresholds: list[float], step: int) -> tuple[np.ndarray, ...]:
-    """Every threshold of one step that tells the images apart, halfway between two of them, and the accuracy, mean cost
-    and standard deviation of the cost that each one gives."""
+    """List the thresholds of one step that separate two images, each halfway between their uncertainties.
+
+    It returns them with the accuracy, the mean cost and the standard deviation of the cost that each one gives. The
+    thresholds of the other steps stay.
+    """
     order, images = np.argsort(uncertain[step], kind="stable"), uncertain.shape[1]
     ends = [_exits(uncertain, [*thresholds[:step], end, *thresholds[step + 1 :]]) for end in (math.inf, 0.0)]
 
     def means(values: Callable) -> np.ndarray:
-        """For 0 to N images that stop, the most certain first."""
+        """Means over all images if 0 to N of them stop at this step, the most certain ones first, (N + 1,)."""
         stop, go = (values(exits)[order] for exits in ends)
         return (go.sum() + np.concatenate(([0], np.cumsum(stop - go)))) / images
 
@@ -323,23 +388,24 @@ def _sweep(uncertain, hits, costs, thresholds: list[float], step: int) -> tuple[
 
 
 def _exits(uncertain: np.ndarray, thresholds) -> np.ndarray:
-    """The stage at which each image stops, (N,)."""
+    """The stage at which each image exits, (N,)."""
     stops = uncertain < np.asarray(thresholds)[:, None]
     return np.where(stops.any(0), stops.argmax(0), len(stops))
 
 
 def _taken(values: np.ndarray, exits: np.ndarray) -> np.ndarray:
-    """Of values (S, N) those of the stage at which each image stops, (N,)."""
+    """The value of each image at the stage where it exits, (N,), from those of all stages, (S, N)."""
     return np.take_along_axis(values, exits[None], axis=0)[0]
 
 
 def _cannot_meet(goal: str, limit: float, heads: list[int], uncertain, hits, costs) -> str:
+    """The message of a goal that no cascade meets. It says what the most accurate or the cheapest cascade reaches."""
     if goal == "max_accuracy_loss":
         thresholds = _search(uncertain, hits, costs, lambda accuracy, cost, _: np.lexsort((-cost, accuracy))[-1])
         exits = _exits(uncertain, thresholds)
         return (
-            f"No cascade of {heads} heads that was found reaches an accuracy of {hits[-1].mean() - limit:.2%}: the "
-            f"widest has {hits[-1].mean():.2%}, and the most accurate cascade {_taken(hits, exits).mean():.2%}, at "
+            f"The search found no cascade of {heads} heads with an accuracy of {hits[-1].mean() - limit:.2%}: the "
+            f"widest has {hits[-1].mean():.2%}, and the most accurate cascade has {_taken(hits, exits).mean():.2%}, at "
             f"{costs[exits].mean():.4g} MACs an image."
         )
     unit = "MACs" if goal == "max_macs" else "ms"

@@ -1,4 +1,7 @@
-"""The `hydravit` command: what the package does, from a shell."""
+"""The `hydravit` command: the functions of the package, from a shell.
+
+A command imports what it needs when it runs, so that `hydravit --help` is fast.
+"""
 
 import json
 import sys
@@ -16,41 +19,61 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Model = Annotated[str, typer.Argument(help="A HydraViT: a folder or a Hub id.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a HydraViT.")]
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a saved HydraViT.")]
+NewFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to save to, new or empty.")]
+Data = Annotated[
+    str, typer.Argument(metavar="DATA", help='Folder of images or parquet files, data set on the Hub, or "digits".')
+]
 Heads = Annotated[
-    list[int] | None, typer.Option("--heads", help="A width; repeat for more. Default: the trained ones.")
+    list[int] | None,
+    typer.Option(
+        "--heads", metavar="K", help="Head count of a width. Repeat it for several.", show_default="all trained widths"
+    ),
+]
+Split = Annotated[str, typer.Option(metavar="NAME", help="Split of the data: train or test.")]
+BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Number of images in a forward pass.")]
+Device = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Device, such as cpu or cuda.", show_default="cuda if there is one")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...  Default: cuda where there is one.")]
-Data = Annotated[str, typer.Argument(help='A folder of images or parquet files, a Hub data set, or "digits".')]
-Split = Annotated[str, typer.Option(help="train or test")]
-Folder = Annotated[Path, typer.Argument(help="A saved HydraViT.")]
+CRITERION = "Measure of uncertainty: entropy, margin or probability."
 
 
 @app.command()
 def profile(
     model: Model,
     heads: Heads = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images of a forward pass.")] = 1,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...  Default: that of the weights.")] = None,
+    batch_size: BatchSize = 1,
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Type of the weights, such as bfloat16.", show_default="that of the model"),
+    ] = None,
     device: Device = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Passes of each width that are timed.")] = 30,
-    max_latency_ms: Annotated[float | None, typer.Option(help="Choose the widest within this latency.")] = None,
-    max_memory_mb: Annotated[float | None, typer.Option(help="Choose the widest within this memory.")] = None,
-    max_macs: Annotated[float | None, typer.Option(help="Choose the widest within these MACs per image.")] = None,
-    max_parameters: Annotated[float | None, typer.Option(help="Choose the widest within this size.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Number of timings of each width.")] = 30,
+    max_latency_ms: Annotated[
+        float | None, typer.Option(metavar="X", help="Choose the widest with at most this latency in ms.")
+    ] = None,
+    max_memory_mb: Annotated[
+        float | None, typer.Option(metavar="X", help="Choose the widest with at most this peak memory in MB.")
+    ] = None,
+    max_macs: Annotated[
+        float | None, typer.Option(metavar="X", help="Choose the widest with at most these MACs per image.")
+    ] = None,
+    max_parameters: Annotated[
+        float | None, typer.Option(metavar="X", help="Choose the widest with at most these parameters.")
+    ] = None,
     as_json: Json = False,
 ):
-    """What each width costs on this machine, and the widest that fits a budget."""
+    """Measure the costs of each width on this machine, and choose the widest that fits a budget."""
     import torch
 
     from .profiling import choose_num_heads, profile_subnetworks
 
     if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"`--dtype` must be a floating-point type of torch, such as bfloat16, not '{dtype}'.")
-    rows = profile_subnetworks(
-        _load(model, device), heads, batch_size, dtype=dtype and getattr(torch, dtype), rounds=rounds
-    )
+    loaded = _load(model, device)
+    rows = profile_subnetworks(loaded, heads, batch_size, dtype=dtype and getattr(torch, dtype), rounds=rounds)
     budgets = {"max_latency_ms": max_latency_ms, "max_memory_mb": max_memory_mb}
     budgets |= {"max_macs": max_macs, "max_parameters": max_parameters}
     budgets = {name: value for name, value in budgets.items() if value is not None}
@@ -69,12 +92,14 @@ def evaluate(
     data: Data,
     heads: Heads = None,
     split: Split = "test",
-    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    batch_size: BatchSize = 64,
     device: Device = None,
-    output: Annotated[Path | None, typer.Option(help="Also write the rows to this file, for `hydravit card`.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the rows to this file, for `hydravit card`.")
+    ] = None,
     as_json: Json = False,
 ):
-    """How good each width is: accuracy and loss on labelled images."""
+    """Evaluate each width on labelled images: accuracy and loss."""
     from .evaluation import evaluate_subnetworks
     from .profiling import add_costs
 
@@ -86,42 +111,56 @@ def evaluate(
     if as_json:
         return _print_json(rows)
     _print_rows(rows)
-    print(f"\n{len(images)} images of {data}, {split}")
+    print(f"\n{len(images)} images of {data}, split {split}")
 
 
 @app.command()
 def predict(
     model: Model,
-    images: Annotated[list[str], typer.Argument(help="Paths or URLs.")],
-    num_heads_active: Annotated[
+    images: Annotated[list[str], typer.Argument(metavar="IMAGES", help="Paths or URLs of the images.")],
+    num_heads: Annotated[
+        int | None, typer.Option(min=1, metavar="K", help="Number of heads to run.", show_default="the model's default")
+    ] = None,
+    heads: Annotated[
         list[int] | None,
-        typer.Option(help="Heads to run; repeat, with --threshold, for a cascade. Default: the model's."),
+        typer.Option(metavar="K", help="Head count of a width of a cascade. Repeat it, in increasing order."),
     ] = None,
-    threshold: Annotated[
+    thresholds: Annotated[
         list[float] | None,
-        typer.Option(help="At which uncertainty an image goes on to the next width; one, or one for each step."),
+        typer.Option(
+            metavar="X",
+            help="Uncertainty from which an image goes on to the next width of a cascade. Repeat it for each step, or "
+            "give one for all.",
+        ),
     ] = None,
-    criterion: Annotated[str | None, typer.Option(help="entropy, margin or probability.  Default: entropy.")] = None,
-    cascade: Annotated[bool, typer.Option("--cascade", help="Run the cascade that was saved with the model.")] = False,
-    top_k: Annotated[int, typer.Option(min=1, help="Labels for each image.")] = 5,
-    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    criterion: Annotated[
+        str | None, typer.Option(metavar="NAME", help=CRITERION, show_default="entropy, or the saved one")
+    ] = None,
+    cascade: Annotated[bool, typer.Option("--cascade", help="Run the cascade that is saved with the model.")] = False,
+    top_k: Annotated[int, typer.Option(min=1, metavar="N", help="Number of labels for each image.")] = 5,
+    batch_size: BatchSize = 8,
     device: Device = None,
     as_json: Json = False,
 ):
-    """Classify images. One that can't be read is reported, and the exit code is 1; the others are classified."""
+    """Classify images.
+
+    An image that can't be read is reported, and the exit code is 1.
+    The other images are classified.
+    """
     from tqdm.auto import tqdm
     from transformers import AutoImageProcessor, pipeline
 
     from .model.pipeline_hydravit import TASK
 
+    _check_at_most_one({"--num-heads": num_heads, "--heads": heads, "--cascade": cascade})
+    if heads and not thresholds:
+        raise ValueError("`--heads` runs a cascade, which needs `--thresholds`. `--num-heads` runs one width.")
+    if (thresholds or criterion) and not (heads or cascade):
+        raise ValueError("`--thresholds` and `--criterion` belong to a cascade: give `--heads` or `--cascade` too.")
     classify = pipeline(TASK, _load(model, device), image_processor=AutoImageProcessor.from_pretrained(model))
-    width = num_heads_active or None
-    if cascade and width:
-        raise ValueError("Give `--cascade` or `--num-heads-active`, not both.")
-    if width and len(width) == 1 and not threshold:
-        (width,) = width
-    options = {"num_heads_active": "cascade" if cascade else width, "threshold": _one_or_all(threshold)}
-    options |= {"criterion": criterion, "top_k": top_k, "batch_size": batch_size, "errors": "return"}
+    options = {"num_heads_active": "cascade" if cascade else num_heads or heads or None, "criterion": criterion}
+    options["thresholds"] = thresholds[0] if thresholds and len(thresholds) == 1 else thresholds or None
+    options |= {"top_k": top_k, "batch_size": batch_size, "errors": "return"}
     outputs = classify((image for image in images), **options)
     outputs = list(tqdm(outputs, desc="Classifying", total=len(images), leave=False))
     bad = [output["error"] for output in outputs if isinstance(output, dict)]
@@ -142,24 +181,40 @@ def predict(
 def cascade(
     model: Model,
     data: Data,
-    max_macs: Annotated[float | None, typer.Option(help="Mean MACs of an image, at most.")] = None,
-    max_latency_ms: Annotated[float | None, typer.Option(help="Mean milliseconds of an image here, at most.")] = None,
+    max_macs: Annotated[
+        float | None, typer.Option(metavar="X", help="Goal: the highest accuracy within these mean MACs per image.")
+    ] = None,
+    max_latency_ms: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X", help="Goal: the highest accuracy within this mean latency per image, in ms on this machine."
+        ),
+    ] = None,
     max_accuracy_loss: Annotated[
-        float | None, typer.Option(help="Accuracy that may be lost against the widest, such as 0.005.")
+        float | None,
+        typer.Option(
+            metavar="X", help="Goal: the fewest MACs with an accuracy at most this far below the widest, such as 0.005."
+        ),
     ] = None,
     heads: Annotated[
-        list[int] | None, typer.Option(help="A width; repeat for more. Default: narrowest, middle and widest.")
+        list[int] | None,
+        typer.Option(
+            metavar="K",
+            help="Head count of a width. Repeat it, in increasing order.",
+            show_default="the narrowest, a middle and the widest",
+        ),
     ] = None,
-    criterion: Annotated[str, typer.Option(help="entropy, margin or probability")] = "entropy",
+    criterion: Annotated[str, typer.Option(metavar="NAME", help=CRITERION)] = "entropy",
     split: Split = "test",
-    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    batch_size: BatchSize = 64,
     device: Device = None,
-    save: Annotated[
-        bool, typer.Option("--save", help="Write it into the configuration of the model's folder.")
-    ] = False,
+    save: Annotated[bool, typer.Option("--save", help="Save the cascade with the model, in a local folder.")] = False,
     as_json: Json = False,
 ):
-    """Fit a cascade, which runs wider widths only for uncertain images, to one goal on images not trained on."""
+    """Fit a cascade, which runs wider widths only for uncertain images, to one goal.
+
+    Use images that the model was not trained on.
+    """
     from .cascade import fit_cascade, save_cascade
 
     if save and not Path(model).is_dir():
@@ -172,15 +227,8 @@ def cascade(
         save_cascade(model, fitted["cascade"])
     if as_json:
         return _print_json(fitted)
-    settings = fitted["cascade"]
-    thresholds = [*settings["thresholds"], None]
-    steps = zip(settings["num_heads"], fitted["shares"], settings["temperatures"], thresholds, strict=True)
-    for num_heads, share, temperature, threshold in steps:
-        goes_on = "" if threshold is None else f", on from {criterion} {threshold:.4g}"
-        print(f"{num_heads} heads: answers {share:.1%}, temperature {temperature:.3f}{goes_on}")
-    cost = f"{fitted['macs'] / 1e9:.4g} GMACs" + (f", {fitted['latency_ms']:.4g} ms" if "latency_ms" in fitted else "")
-    print(f"Accuracy {fitted['accuracy']:.2%} at {cost} an image; the widest alone {fitted['widest_accuracy']:.2%}")
-    print(f"\nOn the {fitted['images']} images of {data}, {split}, that it was fitted to")
+    _print_fitted(fitted)
+    print(f"\nFitted to {fitted['images']} images of {data}, split {split}")
     if save:
         print(f"Saved in {Path(model) / 'config.json'}")
 
@@ -188,16 +236,17 @@ def cascade(
 @app.command()
 def extract(
     model: Model,
-    num_heads: Annotated[int, typer.Argument(help="Heads to keep.")],
-    folder: Annotated[Path, typer.Argument(help="The folder to save to; new or empty.")],
+    num_heads: Annotated[int, typer.Argument(metavar="NUM_HEADS", help="Number of heads to keep.")],
+    folder: NewFolder,
     vit: Annotated[bool, typer.Option("--vit", help="Save a stock ViT, which needs no custom code.")] = False,
 ):
-    """Save the first heads of a model as a model of their own, with the image processor."""
+    """Save the leading heads of a model as a model of their own, with the image processor."""
     from transformers import AutoImageProcessor
 
+    from .folders import check_new_or_empty
     from .model.configuration_hydravit import HydraViTConfig
 
-    _check_new(folder)
+    check_new_or_empty(folder)
     with _naming(model):
         HydraViTConfig.from_pretrained(model).check_num_heads(num_heads)
     small = _load(model, "cpu", num_attention_heads=num_heads)
@@ -205,72 +254,97 @@ def extract(
     saved = small.to_vit() if vit else small
     saved.save_pretrained(folder)
     processor.save_pretrained(folder)
-    print(
-        f"Saved {num_heads} heads, {saved.num_parameters() / 1e6:.2f} M parameters, as {type(saved).__name__}: {folder}"
-    )
+    size = f"{saved.num_parameters() / 1e6:.2f} M parameters"
+    print(f"Saved a {type(saved).__name__} of {num_heads} heads and {size} to {folder}")
 
 
 @app.command()
 def export(
     model: Model,
-    path: Annotated[Path, typer.Argument(help="The file to write, or, for several widths of ONNX, a new folder.")],
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="PATH", help="File to write, or a new folder for several widths, with a file for each."),
+    ],
     num_heads: Annotated[
-        list[int] | None, typer.Option(help="Heads to export; repeat for several widths of ONNX in one. Default: all.")
+        int | None,
+        typer.Option(min=1, metavar="K", help="Number of heads to export.", show_default="the model's default"),
     ] = None,
-    format: Annotated[str, typer.Option(help="onnx, openvino, torch_export or executorch")] = "onnx",
-    cascade: Annotated[bool, typer.Option("--cascade", help="Export the saved cascade, as one file of ONNX.")] = False,
+    heads: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="K", help="Head count of a width. Repeat it to export several widths together, in ONNX only."
+        ),
+    ] = None,
+    cascade: Annotated[
+        bool, typer.Option("--cascade", help="Export the cascade that is saved with the model, in ONNX only.")
+    ] = False,
+    format: Annotated[
+        str, typer.Option(metavar="NAME", help="Format: onnx, openvino, torch_export or executorch.")
+    ] = "onnx",
 ):
-    """Write a width for another runtime: a file that needs nothing of this package."""
+    """Write one width, several widths or the cascade for another runtime, as files that run without this package."""
     from transformers import AutoImageProcessor
 
     from .export import export_cascade, export_subnetwork, export_subnetworks
 
-    if cascade and num_heads:
-        raise ValueError("Give `--cascade` or `--num-heads`, not both.")
-    if format != "onnx" and (cascade or len(num_heads or []) > 1):
-        raise ValueError(f"Several widths in one are for ONNX only, not '{format}'.")
-    loaded, heads = _load(model, "cpu"), num_heads or [None]
-    processor = AutoImageProcessor.from_pretrained(model)
+    _check_at_most_one({"--num-heads": num_heads, "--heads": heads, "--cascade": cascade})
+    if format != "onnx" and (cascade or heads):
+        raise ValueError(f"`--heads` and `--cascade` are for ONNX only, not for '{format}'.")
+    loaded, processor = _load(model, "cpu"), AutoImageProcessor.from_pretrained(model)
     if cascade:
         written = export_cascade(loaded, path, processor)
-    elif len(heads) == 1:
-        written = export_subnetwork(loaded, heads[0], format, path, processor)
-    else:
+    elif heads:
         written = export_subnetworks(loaded, heads, path, processor)
+    else:
+        written = export_subnetwork(loaded, num_heads, format, path, processor)
     print(f"Wrote {written}")
 
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="A .pth.tar file of the original implementation.")],
-    folder: Annotated[Path, typer.Argument(help="The folder to save to; new or empty.")],
-    no_ema: Annotated[bool, typer.Option("--no-ema", help="Take the last weights, not the averaged ones.")] = False,
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="Training file of the original implementation, *.pth.tar.")
+    ],
+    folder: NewFolder,
+    no_ema: Annotated[
+        bool, typer.Option("--no-ema", help="Take the last weights instead of the averaged ones.")
+    ] = False,
 ):
-    """Turn a training file of the original implementation into a saved HydraViT."""
+    """Convert a training file of the original implementation to a saved HydraViT."""
     from .convert_checkpoint import convert_and_save
 
     config = convert_and_save(source, folder, use_ema=not no_ema).config
-    print(f"Saved {config.num_attention_heads} heads, {config.num_labels} labels: {folder}")
+    print(f"Saved a HydraViT of {config.num_attention_heads} heads and {config.num_labels} labels to {folder}")
 
 
 @app.command()
 def card(
     folder: Folder,
     results: Annotated[
-        Path | None, typer.Option(help="Rows of `hydravit evaluate`. Default: the results.json there.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Rows that `hydravit evaluate --output` wrote.",
+            show_default="results.json in the folder",
+        ),
     ] = None,
-    title: Annotated[str | None, typer.Option(help="Name of the model. Default: that of the folder.")] = None,
+    title: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Name of the model.", show_default="name of the folder")
+    ] = None,
     model_id: Annotated[
-        str | None, typer.Option(help="What the code of the card loads, a Hub id. Default: the title.")
+        str | None,
+        typer.Option(metavar="ID", help="Hub id that the code on the card loads.", show_default="the title"),
     ] = None,
-    dataset_name: Annotated[str, typer.Option(help="What the accuracy was measured on.")] = "held-out images",
-    dataset_id: Annotated[str | None, typer.Option(help="Its Hub id.")] = None,
-    training: Annotated[str | None, typer.Option(help="Training data and recipe, Markdown.")] = None,
-    license: Annotated[str, typer.Option(help="Licence of the weights.")] = "apache-2.0",
-    measure: Annotated[bool, typer.Option(help="Measure latency and memory on this machine.")] = True,
+    dataset_name: Annotated[
+        str, typer.Option(metavar="TEXT", help="Name of the data that the accuracy was measured on.")
+    ] = "held-out images",
+    dataset_id: Annotated[str | None, typer.Option(metavar="ID", help="Hub id of these data.")] = None,
+    training: Annotated[str | None, typer.Option(metavar="TEXT", help="Training data and recipe, in Markdown.")] = None,
+    license: Annotated[str, typer.Option(metavar="ID", help="Licence of the weights.")] = "apache-2.0",
+    measure: Annotated[bool, typer.Option(help="Whether to measure latency and memory on this machine.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the card that is there.")] = False,
 ):
-    """Write the model card, README.md, and its plot into a checkpoint's folder."""
+    """Write the model card README.md and its plot into the folder of a checkpoint."""
     from .model_card import save_model_card
     from .profiling import profile_subnetworks
 
@@ -292,12 +366,16 @@ def card(
 @app.command()
 def push(
     folder: Folder,
-    repo_id: Annotated[str, typer.Argument(help="user/name")],
-    private: Annotated[bool | None, typer.Option(help="Of a new repository.")] = None,
-    revision: Annotated[str | None, typer.Option(help="A branch. Default: main.")] = None,
-    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload HydraViT",
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="Repository, user/name.")],
+    private: Annotated[
+        bool | None, typer.Option(help="Whether a new repository is private.", show_default="as the account is set")
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Branch to commit to.", show_default="main")
+    ] = None,
+    message: Annotated[str, typer.Option(metavar="TEXT", help="Message of the commit.")] = "Upload HydraViT",
 ):
-    """Publish a checkpoint's folder on the Hub, in one commit."""
+    """Publish the folder of a checkpoint on the Hub, in one commit."""
     from .hub import push_checkpoint
 
     commit = push_checkpoint(folder, repo_id, private=private, revision=revision, commit_message=message)
@@ -315,47 +393,46 @@ def _load(model: str, device: str | None = None, **kwargs):
 
 
 def _load_images(model: str, config, data: str, split: str):
-    """Labelled images as the model takes them."""
+    """Load labelled images and prepare them for a model, whose classes they must have."""
     from transformers import AutoImageProcessor
 
-    from .data import check_labels, load_images, to_pixel_values
+    from .data import align_labels, check_labels, load_images, to_pixel_values
 
     sources = {} if data == "digits" else {"data_dir" if Path(data).is_dir() else "dataset_name": data}
     splits = load_images(**sources)
     if split not in splits:
         raise ValueError(f"`--split` must be one of {', '.join(splits)}, not '{split}'.")
     images = splits[split]
-    if config.id2label[0] != "LABEL_0":  # classes by their names, as two data sets may number them differently
-        images = _align_labels(images, config.label2id)
+    if config.id2label[0] != "LABEL_0":  # the names of classes tell more than their numbers
+        images = align_labels(images, config.label2id)
     check_labels(images, config.num_labels)
     return images.with_transform(to_pixel_values(AutoImageProcessor.from_pretrained(model)))
 
 
-def _one_or_all(values: list | None):
-    return values[0] if values and len(values) == 1 else values or None
+def _check_at_most_one(options: dict):
+    given = [f"`{name}`" for name, value in options.items() if value]
+    if len(given) > 1:
+        raise ValueError(f"Give {' or '.join(given)}, not {'both' if len(given) == 2 else 'all of them'}.")
 
 
 @contextmanager
 def _naming(model: str):
-    """Errors say which model could not be loaded; transformers' don't, without a network."""
+    """Name the model in the error if it can't be loaded. Without a network, the errors of transformers don't."""
     try:
         yield
     except OSError as error:
         raise OSError(f"'{model}' could not be loaded: {error}") from error
 
 
-def _align_labels(images, label2id: dict):
-    try:
-        return images.align_labels_with_mapping(label2id, "label")
-    except KeyError as error:
-        raise ValueError(f"The model has no label {error}, which is a class of the data set.") from error
-
-
-def _check_new(folder: Path):
-    from .folders import is_new_or_empty
-
-    if not is_new_or_empty(folder):
-        raise ValueError(f"'{folder}' exists and is not an empty folder.")
+def _print_fitted(fitted: dict):
+    settings = fitted["cascade"]
+    thresholds = [*settings["thresholds"], None]
+    steps = zip(settings["num_heads"], fitted["shares"], settings["temperatures"], thresholds, strict=True)
+    for num_heads, share, temperature, threshold in steps:
+        goes_on = "" if threshold is None else f", goes on from {settings['criterion']} {threshold:.4g}"
+        print(f"{num_heads} heads: answers {share:.1%}, temperature {temperature:.3f}{goes_on}")
+    cost = f"{fitted['macs'] / 1e9:.4g} GMACs" + (f", {fitted['latency_ms']:.4g} ms" if "latency_ms" in fitted else "")
+    print(f"Accuracy {fitted['accuracy']:.2%} at {cost} per image; the widest alone {fitted['widest_accuracy']:.2%}")
 
 
 def _print_rows(rows: list[dict]):
@@ -369,8 +446,10 @@ def _print_json(value):
 
 
 def main():
-    """Run the command. It exits with 0 where it did what was asked, 1 and one line on stderr where it couldn't, 2 after
-    wrong usage."""
+    """Run the command.
+
+    The exit code is 0 after success, 1 with one line on stderr after an error, and 2 after wrong usage.
+    """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:

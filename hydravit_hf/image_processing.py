@@ -1,4 +1,4 @@
-"""The image processor that goes with a model."""
+"""Makes the image processor of a model."""
 
 from transformers import ViTImageProcessorPil
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
@@ -12,20 +12,31 @@ def make_image_processor(
     image_std: tuple[float, ...] | None = None,
     crop_fraction: float = 1.0,
 ) -> ViTImageProcessorPil:
-    """A processor that turns images of any size into `pixel_values` for a model of `config`.
+    """Make the processor that turns images of any size into a model's `pixel_values`.
 
-    It works on PIL and numpy, so that it needs no torchvision, and is saved as the portable `ViTImageProcessor`.
+    It uses PIL and numpy, so it needs no torchvision. It is saved as the portable `ViTImageProcessor`.
 
     Args:
-        config: The model's configuration; its image size and channels count.
-        image_mean, image_std: One number for each channel, for pixels from 0 to 1. None: ImageNet's, with which the
-            original was trained (its script imports Inception's, but its logs show ImageNet's), or 0.5 where there
-            are not 3 channels.
-        crop_fraction: From above 0 to 1. Below 1, the shorter side is resized to the image size divided by this and
-            the centre cropped (the original evaluates at 0.9); at 1 the whole image is resized.
+        config: Configuration of the model. Its image size and channels decide the output.
+        image_mean, image_std: Mean and standard deviation of each channel, for pixels from 0 to 1. None means those of
+            ImageNet, or 0.5 if there are not 3 channels. The original was trained with ImageNet's: its script imports
+            Inception's, but its logs show ImageNet's.
+        crop_fraction: Part of the image that stays, above 0 and up to 1. At 1, the whole image is resized. Below 1, the
+            shorter side is resized to the image size divided by this, and the centre is cropped. The original evaluates
+            at 0.9.
+
+    Raises:
+        ValueError: `crop_fraction` is out of its range, or there is not one number for each channel.
+
+    Example:
+        >>> from PIL import Image
+        >>> from hydravit_hf import HydraViTConfig, make_image_processor
+        >>> processor = make_image_processor(HydraViTConfig(image_size=32))
+        >>> processor(Image.new("RGB", (640, 480)), return_tensors="pt").pixel_values.shape
+        torch.Size([1, 3, 32, 32])
     """
     if not 0 < crop_fraction <= 1:
-        raise ValueError(f"`crop_fraction` must be from above 0 to 1, not {crop_fraction!r}.")
+        raise ValueError(f"`crop_fraction` must be above 0 and at most 1, not {crop_fraction!r}.")
     height, width = as_pair(config.image_size)
     size = {"height": height, "width": width}
     crop = {}

@@ -1,7 +1,7 @@
-"""ONNX graphs of several widths that hold their weights once, and of cascades.
+"""Joins the ONNX graphs of several widths into one that holds their weights once, and builds those of cascades.
 
-Each weight of a narrow width is the leading block of the widest one's: a `Slice` of constants, which ONNX Runtime
-computes when it loads the file and never again.
+Each weight of a narrow width is the leading block of the widest one's. It becomes a `Slice` of constants, which ONNX
+Runtime computes once, when it loads the file. A program is an `onnx_ir.Model`.
 """
 
 import json
@@ -15,7 +15,7 @@ WEIGHTS_FILE = "weights.bin"
 
 
 def tidy(program):
-    """The graph without the call stacks of the export, and with a first dimension that is called batch."""
+    """Remove the exporter's call stacks from a program, and name its first dimension batch."""
     import onnx_ir as ir
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
@@ -30,6 +30,7 @@ def tidy(program):
 
 
 def _constant(name: str, numbers):
+    """Make a named value that holds `numbers`."""
     import onnx_ir as ir
 
     tensor = ir.tensor(np.asarray(numbers), name=name)
@@ -37,11 +38,11 @@ def _constant(name: str, numbers):
 
 
 def _borrow(graph, lend: Callable) -> list:
-    """Replace what a narrow graph holds by slices of what `lend(name, shape)` gives, a wider value or None; return the
-    values that were taken.
+    """Replace a narrow graph's weights by slices of a wider one's, and return the wider values.
 
-    What is no leading block of it stays, such as a classifier that the width has to itself. A matrix is sliced even
-    where it is as wide: ONNX Runtime prepares the matrices of a branch for its kernels, but not those around it.
+    `lend(name, shape)` gives the wider value of a weight, or None. A weight that is no leading block of it stays, such
+    as a classifier that only this width uses. A matrix becomes a slice even if it has the same size: ONNX Runtime
+    prepares matrices for its kernels if they are made inside a branch, but not if they are made around it.
     """
     import onnx_ir as ir
 
@@ -71,7 +72,7 @@ def _borrow(graph, lend: Callable) -> list:
 
 
 def _inputs_and_weights(widest) -> tuple:
-    """Of a program around branches: its `pixel_values`, and the weights that the branches borrow, by name."""
+    """Make the values of a program around branches: `pixel_values`, and by name the weights that branches borrow."""
     import onnx_ir as ir
 
     (images,) = widest.graph.inputs
@@ -84,7 +85,7 @@ def _inputs_and_weights(widest) -> tuple:
 
 
 def _as_branch(program, images, weights: dict):
-    """The graph of a program, to run inside another on its `images` and with its weights."""
+    """Turn a program into a branch of another one, which runs on the `images` and the weights of that one."""
     branch = program.graph
     _borrow(branch, lambda name, shape: weights.get(name))
     branch.inputs[0].replace_all_uses_with(images)
@@ -93,19 +94,23 @@ def _as_branch(program, images, weights: dict):
 
 
 def _around(widest, inputs: list, outputs: list, nodes, initializers: list):
-    """A program of such branches."""
+    """Make the program around the branches."""
     import onnx_ir as ir
     from onnx_ir.passes.common import NameFixPass
 
     opsets = widest.graph.opset_imports
     graph = ir.Graph(inputs, outputs, nodes=nodes, initializers=initializers, opset_imports=opsets, name="main")
     program = ir.Model(graph, ir_version=widest.ir_version)
-    NameFixPass()(program)  # the branches have the same names
+    NameFixPass()(program)  # because the branches use the same names
     return program
 
 
 def with_width_as_input(programs: dict):
-    """One program with a branch for each width; any other width ends in a node that fails, and whose name says why."""
+    """Join programs, by width, into one with a branch for each width and the width as an input.
+
+    ONNX has no node that raises an error. Any other width reaches a node that always fails, and whose name is the error
+    message.
+    """
     import onnx_ir as ir
 
     widest = programs[max(programs)]
@@ -129,8 +134,11 @@ def with_width_as_input(programs: dict):
 
 
 def as_cascade(programs: dict, settings: dict, macs: list[int]):
-    """One program that does what `cascade_hydravit.run_cascade` does: a width is a branch, which runs where images have
-    come so far. The few nodes between the branches always run; on no images they cost next to nothing."""
+    """Join programs, by width, into one that computes `cascade_hydravit.run_cascade`.
+
+    Each width is a branch that runs only if images reach it. The few nodes between the branches always run. Without
+    images they cost almost nothing.
+    """
     import onnx_ir as ir
 
     widest = programs[max(programs)]
@@ -138,7 +146,7 @@ def as_cascade(programs: dict, settings: dict, macs: list[int]):
     images, weights = _inputs_and_weights(widest)
     tape = ir.tape.Tape()
     op = tape.op
-    given, places, answers = images, None, None  # the images that go on, and where in the batch they are, (n, 1)
+    given, places, answers = images, None, None  # images that go on, their places in the batch (n, 1), answers so far
     steps = zip(settings["num_heads"], macs, [*settings["thresholds"], None], settings["temperatures"], strict=True)
     for num_heads, cost, threshold, temperature in steps:
         count = op("Shape", [given], {"start": 0, "end": 1})
@@ -156,7 +164,7 @@ def as_cascade(programs: dict, settings: dict, macs: list[int]):
             given = op("GatherND", [given, chosen])
             places = chosen if places is None else op("GatherND", [places, chosen])
     for number, value in enumerate(output for node in tape.nodes for output in node.outputs):
-        value.name = f"cascade_{number}"  # which no branch has
+        value.name = f"cascade_{number}"  # no branch uses this name
     integers = ir.TensorType(ir.DataType.INT64), ir.Shape(["batch"])
     kinds = {logits.name: (logits.type, logits.shape), "num_heads": integers, "macs": integers}
     for value, (name, (kind, shape)) in zip(answers, kinds.items(), strict=True):
@@ -165,7 +173,7 @@ def as_cascade(programs: dict, settings: dict, macs: list[int]):
 
 
 def _or_nothing(branch, logits) -> dict:
-    """The branches of an `If` that runs a width or gives (0, labels)."""
+    """Make the branches of an `If` that runs a width or gives no logits, (0, labels)."""
     import onnx_ir as ir
 
     nothing = ir.tensor(np.empty((0, logits.shape[1]), logits.dtype.numpy()))
@@ -175,7 +183,7 @@ def _or_nothing(branch, logits) -> dict:
 
 
 def _uncertainty(tape, logits, criterion: str, temperature: float):
-    """The nodes of `cascade_hydravit.uncertainty`."""
+    """Add the nodes that compute `cascade_hydravit.uncertainty`."""
     import onnx_ir as ir
 
     def constant(value: float | list[float]):
@@ -185,7 +193,7 @@ def _uncertainty(tape, logits, criterion: str, temperature: float):
     last = op("Constant", [], {"value_ints": [-1]})
     scaled = op("Div", [op("Cast", [logits], {"to": ir.DataType.FLOAT}), constant(temperature)])
     probabilities = op("Softmax", [scaled])
-    if criterion == "entropy":  # 0 where a probability is 0
+    if criterion == "entropy":  # `tiny` keeps the logarithm of a probability of 0 finite, so its term is 0
         terms = op("Mul", [probabilities, op("Log", [op("Max", [probabilities, constant(limits.tiny)])])])
         uncertain = op("Neg", [op("ReduceSum", [terms, last], {"keepdims": 0})])
     else:
@@ -198,6 +206,7 @@ def _uncertainty(tape, logits, criterion: str, temperature: float):
 
 
 def save_onnx(program, metadata: dict, path: Path, **options):
+    """Save a program with metadata, each value as JSON. The options are those of `onnx_ir.save`."""
     import onnx_ir as ir
 
     program.metadata_props.update({name: json.dumps(value) for name, value in metadata.items()})
@@ -205,7 +214,10 @@ def save_onnx(program, metadata: dict, path: Path, **options):
 
 
 def save_with_shared_weights(programs: dict, metadata: dict[int, dict], folder: Path):
-    """One graph for each width in `folder`, all with their weights in one file: the leading rows, sliced to columns."""
+    """Save a graph for each width into a folder, and the weights of all into one file.
+
+    A narrow graph reads the leading rows of a weight and slices their leading columns.
+    """
     import onnx_ir as ir
 
     widest = max(programs)

@@ -1,4 +1,4 @@
-"""What a width costs: in closed form, and measured on a device; and the widest that fits a budget."""
+"""Costs of each width, counted and measured, and the choice of the widest that fits a budget."""
 
 import copy
 import math
@@ -12,9 +12,11 @@ from collections.abc import Callable
 from functools import partial
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
@@ -22,18 +24,25 @@ from .evaluation import evaluating
 from .model.configuration_hydravit import HydraViTConfig, as_pair
 from .model.modeling_hydravit import HydraViTForImageClassification
 
-# Budget of `choose_num_heads` -> key of a row, and the unit that it reads in with its size
+# Budget of `choose_num_heads` -> key of a row, the size of the unit in messages, and its name
 BUDGETS = {
     "max_latency_ms": ("latency_ms", 1, "ms"),
     "max_memory_mb": ("peak_memory_mb", 1, "MB"),
     "max_macs": ("macs", 1e9, "GMACs"),
     "max_parameters": ("parameters", 1e6, "M parameters"),
 }
-SHORTEST_SAMPLE = 2e-3  # seconds; faster passes are timed several at a time
+SHORTEST_SAMPLE = 2e-3  # seconds; a timing repeats faster passes until it takes this long
 
 
 def add_costs(config: HydraViTConfig, rows: list[dict]) -> list[dict]:
-    """Add `parameters` and `macs`, in closed form, to rows that have a `num_heads` and lack them."""
+    """Add the counted `parameters` and `macs` to rows that have `num_heads`. Values that a row has already stay.
+
+    Example:
+        >>> from hydravit_hf import HydraViTConfig
+        >>> from hydravit_hf.profiling import add_costs
+        >>> add_costs(HydraViTConfig(), [{"num_heads": 3, "accuracy": 0.7}])
+        [{'parameters': 5524802, 'macs': 1253491584, 'num_heads': 3, 'accuracy': 0.7}]
+    """
     return [
         {
             "parameters": config.count_parameters(row["num_heads"]),
@@ -54,34 +63,44 @@ def profile_subnetworks(
     warmup: int = 3,
     disable_tqdm: bool = False,
 ) -> list[dict]:
-    """Measure what forward passes of random images cost at each width, all widths interleaved in one run.
+    """Measure the latency and the memory of forward passes at each width, on random images.
 
-    Each round times every width once, in a shuffled order that is the same in each run, so that a drift of the machine
-    hits all alike.
+    All widths take turns in one run: each round times every width once, in a shuffled order that is the same in each
+    run. So a drift of the machine affects all widths alike.
 
     Args:
-        model: The model, on a CPU or a CUDA device; it is run in `eval()` mode, and left in the mode that it had.
-        heads: The head counts; None: `model.config.subnetwork_heads`.
-        batch_size: Images of one forward pass.
-        dtype, device: To measure a copy of the model there; None: as the model is.
-        rounds: Timings of each width. A pass below 2 ms is repeated in each of them until it takes that long.
-        warmup: Untimed passes of each width before the first round.
-        disable_tqdm: Whether to show no progress bar.
+        model: The model, on a CPU or a CUDA device. It stays in its mode; it runs in `eval()` mode.
+        heads: Head counts to measure. None means `model.config.subnetwork_heads`.
+        batch_size: Images in a forward pass.
+        dtype, device: Type and device of a copy of the model to measure. None measures the model as it is.
+        rounds: Number of timings of each width. A timing repeats a pass of less than 2 ms until it takes that long.
+        warmup: Number of untimed passes of each width before the first round.
+        disable_tqdm: Whether to hide the progress bar.
 
     Returns:
-        For each width a row:
+        A row for each width:
 
-        - `num_heads`; `parameters`; `macs`: multiply-accumulate operations of one image, counted as it runs.
-        - `batch_size`; `latency_ms`, `latency_p90_ms`: milliseconds of a forward pass, median and 90th percentile;
-          `throughput`: images per second at the median.
-        - `peak_memory_mb`: megabytes (1e6 bytes) that the width needs when it is all that is held: its weights, the
-          images and the most that a forward pass allocates beside them at a time, by the record of torch's allocator.
-          Torch itself, a CUDA context and what libraries allocate on their own come on top.
-        - `device`: the name of the processor, for a CPU with the number of threads; `dtype`: such as "float32".
+        - `num_heads`, `parameters`.
+        - `macs`: Multiply-accumulate operations of one image, counted while it runs.
+        - `batch_size`.
+        - `latency_ms`, `latency_p90_ms`: Milliseconds of a forward pass, median and 90th percentile.
+        - `throughput`: Images per second at the median.
+        - `peak_memory_mb`: Megabytes (1e6 bytes) that the width needs if nothing else is held: its weights, the images
+          and the most that a forward pass allocates beside them. It comes from torch's allocator. It leaves out torch
+          itself, a CUDA context and the memory that libraries allocate on their own.
+        - `device`: Name of the processor, and of a CPU the number of threads.
+        - `dtype`: Type of the weights, such as "float32".
 
     Raises:
-        ValueError: A width that the model doesn't hold, a count that is not positive, a model without a classifier,
-            or another kind of device.
+        ValueError: The model does not hold a width, a count is not positive, the model has no classifier, or the device
+            is of another kind.
+
+    Example:
+        >>> from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, profile_subnetworks
+        >>> model = HydraViTForImageClassification(HydraViTConfig(num_hidden_layers=1, image_size=16))
+        >>> rows = profile_subnetworks(model, heads=[3, 12], rounds=3)
+        >>> [row["num_heads"] for row in rows], rows[0]["latency_ms"] > 0
+        ([3, 12], True)
     """
     config = _classifier_config(model)
     heads = [config.check_num_heads(num_heads) for num_heads in heads or config.subnetwork_heads]
@@ -126,19 +145,25 @@ def choose_num_heads(
     max_macs: float | None = None,
     max_parameters: float | None = None,
 ) -> int:
-    """The widest head count that meets all the budgets that are given.
+    """Choose the widest head count that meets all budgets.
 
     Args:
-        rows: From `profile_subnetworks`; or a model, which is profiled on the spot, at its trained widths and one image
-            a batch. For MACs and parameters alone nothing is run.
-        max_latency_ms: Of the median, in milliseconds.
-        max_memory_mb: Of the peak, in megabytes (1e6 bytes).
-        max_macs: Of one image.
-        max_parameters: Of the width.
+        rows: Rows from `profile_subnetworks`, or a model. A model is profiled on the spot, at its trained widths and
+            with one image per batch. If the budgets are MACs or parameters only, these are counted and nothing runs.
+        max_latency_ms: Budget of the median latency, in milliseconds.
+        max_memory_mb: Budget of the peak memory, in megabytes (1e6 bytes).
+        max_macs: Budget of multiply-accumulate operations of one image.
+        max_parameters: Budget of parameters.
 
     Raises:
-        ValueError: Nothing fits, and what the narrowest needs; no budget, or one that is not a positive number; rows
-            without what the budgets ask for.
+        ValueError: No width fits (the message says what the narrowest needs), there is no budget, a budget is not a
+            positive number, or the rows lack a column that a budget needs.
+
+    Example:
+        >>> from hydravit_hf import choose_num_heads
+        >>> rows = [{"num_heads": 3, "latency_ms": 23.0}, {"num_heads": 12, "latency_ms": 267.0}]
+        >>> choose_num_heads(rows, max_latency_ms=100)
+        3
     """
     given = dict(zip(BUDGETS, (max_latency_ms, max_memory_mb, max_macs, max_parameters), strict=True))
     budgets = {name: limit for name, limit in given.items() if limit is not None}
@@ -166,7 +191,7 @@ def choose_num_heads(
 
 def _classifier_config(model: HydraViTForImageClassification) -> HydraViTConfig:
     if model.base_model is model:
-        raise ValueError("`model` must be a HydraViTForImageClassification: the costs are those of a classifier.")
+        raise ValueError("`model` must be a HydraViTForImageClassification: these are the costs of a classifier.")
     return model.config
 
 
@@ -186,28 +211,49 @@ def _forward(model: HydraViTForImageClassification, images: torch.Tensor, num_he
 
 
 def _count_macs_of(model: HydraViTForImageClassification, images: torch.Tensor, num_heads: int) -> int:
-    with FlopCounterMode(display=False) as counter:
-        # This runs the attention as matrix products: not every fused kernel is counted
-        model(images, num_heads_active=num_heads, output_attentions=True)
+    """Count the multiply-accumulate operations of a forward pass while it runs."""
+    # The counter does not know every fused kernel; here attention runs as matrix products
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(images, num_heads_active=num_heads)
     return counter.get_total_flops() // 2
 
 
-def time_interleaved(passes: dict[int, Callable], rounds: int, warmup: int, disable_tqdm: bool) -> dict[int, list]:
-    """Milliseconds of each pass in every round."""
-    timers = {num_heads: timeit.Timer(run) for num_heads, run in passes.items()}
-    fastest = {num_heads: min(timer.repeat(warmup, number=1)) for num_heads, timer in timers.items()}
-    repeats = {num_heads: math.ceil(SHORTEST_SAMPLE / seconds) for num_heads, seconds in fastest.items()}
-    milliseconds = {num_heads: [] for num_heads in passes}
+def time_interleaved(passes: dict[Any, Callable], rounds: int, warmup: int, disable_tqdm: bool) -> dict[Any, list]:
+    """Time several functions in turns, so that a drift of the machine affects all alike.
+
+    Each round times every function once, in a shuffled order that is the same in each run.
+
+    Args:
+        passes: Functions without arguments, by a name of any kind. They must wait until a GPU is done.
+        rounds: Number of rounds.
+        warmup: Number of untimed calls of each function before the first round. The fastest of them decides how many
+            calls make a timing of 2 ms or more.
+        disable_tqdm: Whether to hide the progress bar.
+
+    Returns:
+        Milliseconds of one call in each round, by the names of `passes`.
+
+    Example:
+        >>> from hydravit_hf.profiling import time_interleaved
+        >>> passes = {"short": lambda: sum(range(100)), "long": lambda: sum(range(100_000))}
+        >>> milliseconds = time_interleaved(passes, rounds=3, warmup=1, disable_tqdm=True)
+        >>> len(milliseconds["short"]), min(milliseconds["short"]) < min(milliseconds["long"])
+        (3, True)
+    """
+    timers = {name: timeit.Timer(run) for name, run in passes.items()}
+    fastest = {name: min(timer.repeat(warmup, number=1)) for name, timer in timers.items()}
+    repeats = {name: math.ceil(SHORTEST_SAMPLE / seconds) for name, seconds in fastest.items()}
+    milliseconds = {name: [] for name in passes}
     order = random.Random(0)
     for _ in tqdm(range(rounds), desc="Profiling", disable=disable_tqdm, leave=False):
-        for num_heads in order.sample(list(timers), len(timers)):
-            seconds = timers[num_heads].timeit(repeats[num_heads]) / repeats[num_heads]
-            milliseconds[num_heads].append(1e3 * seconds)
+        for name in order.sample(list(timers), len(timers)):
+            seconds = timers[name].timeit(repeats[name]) / repeats[name]
+            milliseconds[name].append(1e3 * seconds)
     return milliseconds
 
 
 def _peak_allocations(passes: dict[int, Callable], device: torch.device) -> dict[int, int]:
-    """The most bytes that each pass has allocated at a time."""
+    """The most bytes that each pass holds at a time, beyond those that were allocated before it."""
     peaks = dict.fromkeys(passes, 0)
     if device.type == "cuda":
         for num_heads, run in passes.items():
@@ -216,7 +262,7 @@ def _peak_allocations(passes: dict[int, Callable], device: torch.device) -> dict
             run()
             peaks[num_heads] = torch.cuda.max_memory_allocated(device) - before
         return peaks
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler would say on stderr that it starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler logs to stderr
     with torch.autograd.profiler.profile(profile_memory=True) as profiler:
         for num_heads, run in passes.items():
             with torch.profiler.record_function(f"pass {num_heads}"):
@@ -232,7 +278,7 @@ def _peak_allocations(passes: dict[int, Callable], device: torch.device) -> dict
 
 
 def device_name(device: torch.device) -> str:
-    """The name of a processor, for a CPU with the number of torch's threads."""
+    """Name a processor. The name of a CPU includes the number of threads that torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")

@@ -1,4 +1,4 @@
-"""Rows of results, one for each width, as people read them: a table and a plot."""
+"""Shows rows of results, one for each width, as a table and as a plot."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ def _milliseconds(value: float) -> str:
     return f"{value:.{1 if value >= 10 else 2}f} ms"
 
 
-# Key of a row -> heading, and how a value reads
+# Key of a row -> heading, and function that formats a value
 COLUMNS = {
     "num_heads": ("heads", str),
     "parameters": ("parameters", lambda value: f"{value / 1e6:.2f} M"),
@@ -23,7 +23,19 @@ COLUMNS = {
 
 
 def format_table(rows: list[dict]) -> str:
-    """A Markdown table of the known columns of `rows`, aligned so that it also reads well in a terminal."""
+    """Format rows as a Markdown table that is also aligned for a terminal.
+
+    It has the `COLUMNS` that all rows have, in a fixed order. It leaves out other keys.
+
+    Example:
+        >>> from hydravit_hf.reporting import format_table
+        >>> rows = [{"num_heads": 3, "macs": 1253683392, "accuracy": 0.7056}]
+        >>> print(format_table([*rows, {"num_heads": 12, "macs": 17563830000, "accuracy": 0.81}]))
+        | heads |    MACs | accuracy |
+        | ----: | ------: | -------: |
+        |     3 |  1.25 G |   70.56% |
+        |    12 | 17.56 G |   81.00% |
+    """
     columns = {key: (name, form) for key, (name, form) in COLUMNS.items() if all(key in row for row in rows)}
     cells = [[name for name, _ in columns.values()]]
     cells += [[form(row[key]) for key, (_, form) in columns.items()] for row in rows]
@@ -34,12 +46,12 @@ def format_table(rows: list[dict]) -> str:
 
 
 def plot_accuracy(rows: list[dict], path: str | Path, title: str):
-    """Plot accuracy over MACs, a point for each width, into a PNG file.
+    """Plot the accuracy over the MACs of each width into a PNG file.
 
     Args:
-        rows: With the keys `num_heads`, `macs` and `accuracy`.
-        path: The file to write.
-        title: What was measured, such as the data set and its number of images.
+        rows: Rows with `num_heads`, `macs` and `accuracy`.
+        path: File to write.
+        title: Title of the plot, such as the name of the data set and the number of its images.
     """
     from matplotlib.figure import Figure
     from matplotlib.patheffects import withStroke

@@ -73,7 +73,7 @@ class HydraViTConfig(BackboneConfigMixin, PreTrainedConfig):
         >>> config.hidden_size, config.subnetwork_heads
         (384, [3, 4, 5, 6])
         >>> config.count_macs(3), config.count_parameters(3)
-        (1246883712, 5524802)
+        (1253491584, 5524802)
     """
 
     model_type = "hydravit"

@@ -169,8 +169,8 @@ class HydraViTTrainer(AveragingTrainer):
         for name, value in self._batches.items():
             if value != previous["batches"].get(name):
                 logger.warning(
-                    f"Resuming with other {name}, {value} instead of {previous['batches'].get(name)}: the run sees other "
-                    "batches than one that was not stopped."
+                    f"Resuming with other {name}, {value} instead of {previous['batches'].get(name)}: the run sees "
+                    "other batches than one that was not stopped."
                 )
 
     def _run_epoch(self, *args, **kwargs):

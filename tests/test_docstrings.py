@@ -1,0 +1,44 @@
+"""The examples in docstrings run and print what they say."""
+
+import doctest
+import pkgutil
+from importlib import import_module
+from importlib.util import find_spec
+
+import pytest
+
+import hydravit_hf
+
+MODULES = [module.name for module in pkgutil.walk_packages(hydravit_hf.__path__, "hydravit_hf.")]
+NEEDED = {"hydravit_hf.export": "onnxscript"}  # the examples of a module need this package
+EXCEPTIONS = {  # public names without an example that runs, and why
+    "HydraViTBackbone": "docs and README show it on a saved checkpoint",
+    "HydraViTImageClassificationPipeline": "its docstring shows calls on files and addresses",
+    "HydraViTTrainer": "docs/training.md trains with it, and a test runs that",
+    "HydraViTTrainingArguments": "docs/training.md trains with it, and a test runs that",
+    "ModelCardCallback": "examples/finetune_trainer.py uses it, and a test runs that",
+    "convert_original_checkpoint": "it needs the authors' file",
+    "export_cascade": "an export takes seconds, and export_subnetwork has an example",
+    "export_subnetworks": "an export takes seconds, and export_subnetwork has an example",
+    "push_checkpoint": "it needs a Hub",
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of torch's exporters
+@pytest.mark.parametrize("name", MODULES)
+def test_the_examples_of_each_module_run(name, tmp_path, monkeypatch):
+    if name in NEEDED and find_spec(NEEDED[name]) is None:
+        pytest.skip(f"the examples need {NEEDED[name]}")
+    monkeypatch.chdir(tmp_path)
+    report = doctest.testmod(import_module(name))
+    assert not report.failed
+
+
+def test_each_public_name_has_an_example():
+    finder = doctest.DocTestFinder(recurse=False)
+    without = {
+        name
+        for name in hydravit_hf.__all__
+        if not any(test.examples for test in finder.find(getattr(hydravit_hf, name), name))
+    }
+    assert without == EXCEPTIONS.keys()
