@@ -28,20 +28,22 @@ PUBLISHED = {
     11: (81.080, 1916),
     12: (81.096, 1754),
 }
-NOTE = """**These accuracies and throughputs are those that the authors of HydraViT publish, not measurements of ours**
-([ds-kiel/HydraViT](https://github.com/ds-kiel/HydraViT); top-1 on the validation images of ImageNet-1K, images per
-second on an A100; which training run they belong to is not stated there). Parameters and MACs are counted."""
-TRAINING = """The weights are the authors' (Zenodo record 14300201), converted from their training file by
+NOTE = """**The authors of HydraViT publish these accuracies and throughputs; they are not measurements of ours**
+([ds-kiel/HydraViT](https://github.com/ds-kiel/HydraViT)). The accuracy is top-1 on the validation images of
+ImageNet-1K. The throughput is in images per second on an A100. The authors do not state to which training run the
+figures belong. Parameters and MACs are counted."""
+TRAINING = """The weights are the authors' (Zenodo record 14300201). This command converts their training file:
 
 ```bash
 hydravit convert model_best.pth.tar hydravit-base-patch16-224
 ```
 
-Their recipe: ImageNet-1K, one width drawn at each step; 300 epochs and 10 of cool-down on two A100, 512 images on each;
-AdamW with learning rate 5e-4 for 512 images, scaled linearly, 5 epochs of warm-up and a cosine down to 1e-5; weight
-decay 0.05, drop path 0.1, RandAugment, mixup 0.8, CutMix 1.0, label smoothing 0.1, random erasing 0.25, averaged
-weights with decay 0.99996; images resized so that 0.9 of the shorter side is the 224-pixel crop."""
-LIMITS = """The licence of the weights is their authors' to tell. The conversion was checked against logits that the
+Their recipe trains on ImageNet-1K and draws one width at each step. It takes 300 epochs and 10 of cool-down on two A100,
+with 512 images on each. The optimizer is AdamW with weight decay 0.05. The learning rate is 5e-4 for 512 images, scaled
+linearly, with 5 epochs of warm-up and a cosine down to 1e-5. The recipe also has drop path 0.1, RandAugment, mixup 0.8,
+CutMix 1.0, label smoothing 0.1, random erasing 0.25, and averaged weights with decay 0.99996. Images are resized so that
+the 224-pixel crop is 0.9 of the shorter side."""
+LIMITS = """Only the authors can state the licence of the weights. The conversion was checked against logits that the
 original gives for recorded weights, not on the published file."""
 
 
