@@ -38,11 +38,11 @@ TRAINING = """The weights are the authors' (Zenodo record 14300201). This comman
 hydravit convert model_best.pth.tar hydravit-base-patch16-224
 ```
 
-Their recipe trains on ImageNet-1K and draws one width at each step. It takes 300 epochs and 10 of cool-down on two A100,
-with 512 images on each. The optimizer is AdamW with weight decay 0.05. The learning rate is 5e-4 for 512 images, scaled
-linearly, with 5 epochs of warm-up and a cosine down to 1e-5. The recipe also has drop path 0.1, RandAugment, mixup 0.8,
-CutMix 1.0, label smoothing 0.1, random erasing 0.25, and averaged weights with decay 0.99996. Images are resized so that
-the 224-pixel crop is 0.9 of the shorter side."""
+Their recipe trains on ImageNet-1K and draws one width at each step. It takes 300 epochs and 10 of cool-down on two
+A100, with 512 images on each. The optimizer is AdamW with weight decay 0.05. The learning rate is 5e-4 for 512 images,
+scaled linearly, with 5 epochs of warm-up and a cosine down to 1e-5. The recipe also has drop path 0.1, RandAugment,
+mixup 0.8, CutMix 1.0, label smoothing 0.1, random erasing 0.25, and averaged weights with decay 0.99996. Images are
+resized so that the 224-pixel crop is 0.9 of the shorter side."""
 LIMITS = """Only the authors can state the licence of the weights. The conversion was checked against logits that the
 original gives for recorded weights, not on the published file."""
 
