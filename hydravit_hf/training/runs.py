@@ -72,7 +72,7 @@ def describe_data(dataset) -> dict:
     with suppress(TypeError, AttributeError):
         described["images"] = len(dataset)
     source = getattr(dataset, "dataset", dataset)
-    column = next((name for name in ("label", "labels") if name in getattr(source, "column_names", None) or []), None)
+    column = next((name for name in ("label", "labels") if name in (getattr(source, "column_names", None) or ())), None)
     if "images" in described and column is not None and hasattr(source, "with_format"):
         labels = json.dumps(list(source.select_columns(column).with_format(None)[column]))
         described["labels"] = hashlib.sha256(labels.encode()).hexdigest()[:16]
