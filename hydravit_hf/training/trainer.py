@@ -46,16 +46,10 @@ class _PreemptionCallback(TrainerCallback):
     def __init__(self, trainer: "HydraViTTrainer"):
         self.trainer = trainer
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer.preemption = Preemption().__enter__()
-
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.preemption.is_near(self.trainer.accelerator):
             control.should_save = control.should_training_stop = self.trainer.is_preempted = True
             control.should_evaluate = False
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.trainer.preemption.__exit__()
 
 
 @dataclass
@@ -148,7 +142,8 @@ class HydraViTTrainer(AveragingTrainer):
         self._run, self._batches = self._describe_run()
         if resume_from_checkpoint:
             self._check_resumed(Path(resume_from_checkpoint))
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        with Preemption() as self.preemption:
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.is_preempted:
             raise SystemExit(0)
         return output
