@@ -1,14 +1,23 @@
 """A run has one folder that is mixed with nothing else; its checkpoints are whole, and the last one is resumed."""
 
 import json
+import os
+import signal
+import threading
 
 import pytest
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
+from support.training import make_config
 from torch import nn
 
+from hydravit_hf import make_image_processor
+from hydravit_hf.training.augmentation import TrainingAugmentation, TrainingImages
 from hydravit_hf.training.runs import (
+    Preemption,
     checkpoint_step,
+    describe_data,
     last_whole_checkpoint,
     list_checkpoints,
     open_run,
@@ -90,6 +99,45 @@ def test_a_folder_without_a_run_is_not_resumed(tmp_path):
         with pytest.raises(ValueError, match=f"no run to resume in '{folder}'"):
             open_run(folder, SETTINGS, resume=True, overwrite=False)
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_data_are_described_by_the_labels_in_their_order():
+    data = Dataset.from_dict({"label": [3, 1, 2], "number": [0, 1, 2]})
+    augmentation = TrainingAugmentation(make_image_processor(make_config()))
+    described = describe_data(data)
+    assert described.keys() == {"images", "labels"} and described["images"] == 3
+    same = [data.with_transform(lambda batch: batch), data.with_format("torch"), TrainingImages(data, augmentation)]
+    same += [data.rename_column("label", "labels"), data.remove_columns("number")]
+    assert [describe_data(other) for other in same] == [described] * 5
+    for others in ([3, 2, 1], [3, 1], [3, 1, 2, 2]):
+        assert describe_data(Dataset.from_dict({"label": others})) != described
+    assert describe_data([{"labels": 3}]) == {"images": 1}
+    assert describe_data(iter([])) == describe_data(data.to_iterable_dataset()) == {}
+
+
+# Preemption
+
+
+def test_a_signal_to_end_is_noted_within_the_context_only():
+    accelerator, former = Accelerator(cpu=True), signal.getsignal(signal.SIGTERM)
+    with Preemption() as preemption:
+        assert not preemption.is_near(accelerator)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert preemption.is_near(accelerator)
+    assert signal.getsignal(signal.SIGTERM) is former
+
+
+def test_a_thread_that_gets_no_signals_has_none_noted():
+    former, near = signal.getsignal(signal.SIGTERM), []
+
+    def run():
+        with Preemption() as preemption:
+            near.append(preemption.is_near(Accelerator(cpu=True)))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert near == [False] and signal.getsignal(signal.SIGTERM) is former
 
 
 # Checkpoints

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from support.training import (
     weights_of,
 )
 from torch import nn
-from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
 from hydravit_hf import (
     HydraViTConfig,
@@ -458,6 +459,74 @@ def test_a_checkpoint_that_was_not_saved_whole_is_skipped_and_none_is_an_error(m
         make_trainer(**options).train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match=f"no whole checkpoint to resume from in '{tmp_path / 'new'}'"):
         make_trainer(folder="new").train(resume_from_checkpoint=True)
+
+
+SAVED = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+
+
+def test_a_run_that_is_resumed_at_its_end_takes_no_more_step(make_trainer, tmp_path):
+    trainer = make_trainer(**SAVED)
+    trainer.train()
+    resumed = make_trainer(trainer={"callbacks": [record := Record()]}, **SAVED)
+    assert resumed.train(str(tmp_path / "run" / "checkpoint-4")).global_step == 4
+    assert not record.weights
+    assert_equal(weights_of(resumed.model), weights_of(trainer.model))
+
+
+def test_another_run_is_not_resumed_and_is_named(make_trainer, images, digits, tmp_path):
+    transform = to_pixel_values(make_image_processor(make_config()))
+    data = images["train"].select_columns(["image", "label"])
+    make_trainer(trainer={"train_dataset": data.with_transform(transform)}, **SAVED).train()
+    shuffled = data.shuffle(seed=1).with_transform(transform)
+    names = [f"class {index}" for index in range(10)]
+    named = make_model(id2label=dict(enumerate(names)), label2id={name: index for index, name in enumerate(names)})
+    for model, other, options, message in (
+        (None, data.with_transform(transform), {"seed": 7}, r"seed was 42 and is 7\.$"),
+        (named, data.with_transform(transform), {}, "id2label was .* and is .*class 3"),
+        (None, shuffled, {}, "data was .* and is"),
+        (None, digits["train"], {}, "data was .* and is"),
+    ):
+        trainer = make_trainer(
+            model, trainer={"train_dataset": other, "callbacks": [record := Record()]}, **SAVED | options
+        )
+        with pytest.raises(ValueError, match=f"holds another run than the one to resume: {message}"):
+            trainer.train(str(tmp_path / "run" / "checkpoint-2"))
+        assert not record.weights
+
+
+def test_other_batches_of_a_resumed_run_are_a_warning(make_trainer, tmp_path, caplog):
+    make_trainer(**SAVED).train()
+    make_trainer(**SAVED, per_device_train_batch_size=4).train(str(tmp_path / "run" / "checkpoint-2"))
+    assert "Resuming with other images a step and process, 4 instead of 8" in caplog.text
+    assert "processes, " not in caplog.text
+
+
+class Preempt(TrainerCallback):
+    """Sends the signal with which a cluster announces the end of a process."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_run_that_is_preempted_saves_a_checkpoint_first_and_is_resumed_as_one_that_was_not(make_trainer, tmp_path):
+    whole = make_trainer(folder="whole")
+    whole.train()
+    options, former = {"save_strategy": "epoch", "eval_strategy": "epoch"}, signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        make_trainer(trainer={"callbacks": [Preempt()]}, write_model_card=True, **options).train()
+    assert stop.value.code == 0 and signal.getsignal(signal.SIGTERM) is former
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["checkpoint-3"]  # and no card, for lack of time
+    resumed = make_trainer(**options)
+    resumed.train(resume_from_checkpoint=True)
+    assert_equal(weights_of(resumed.model), weights_of(whole.model))
+
+
+def test_a_signal_ends_the_process_again_after_a_training_that_failed(make_trainer):
+    former = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(RuntimeError, match="the power is out"):
+        make_trainer(trainer={"callbacks": [Crash(step=1)]}).train()
+    assert signal.getsignal(signal.SIGTERM) is former
 
 
 # What can't be trained with
