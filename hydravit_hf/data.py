@@ -1,16 +1,41 @@
 """Loads labelled images as a `datasets.DatasetDict` with a train and a test split, and prepares them for a model."""
 
+import glob
+import math
+import os
+import re
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    DownloadManager,
+    Features,
+    Image,
+    IterableDatasetDict,
+    Value,
+    load_dataset,
+)
 from PIL import Image as PILImage
+from transformers.utils import logging
 
-from .model.images_hydravit import with_channels
+from .model.images_hydravit import FORMATS, check_resized, with_channels
+
+logger = logging.get_logger(__name__)
 
 HELD_OUT = 0.2  # share of the test split, if a data set has none
+# What splits and columns are called, the likeliest first
+TRAIN = ("train", "training")
+VALIDATION = ("validation", "valid", "val", "dev", "eval", "evaluation")
+TEST = ("test", "testing")
+SPLITS = (*TRAIN, *VALIDATION, *TEST)
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "category", "cls", "target")
+TABLES = (".parquet",)
 
 
 def load_digits() -> DatasetDict:
@@ -40,21 +65,33 @@ def load_mnist() -> DatasetDict:
     return hold_out(Dataset.from_dict({"image": images, "label": labels}, features=features))
 
 
-def load_images(dataset_name: str | None = None, data_dir: str | Path | None = None, **kwargs) -> DatasetDict:
+def load_images(
+    dataset_name: str | None = None,
+    data_dir: str | Path | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    train_split: str | None = None,
+    test_split: str | None = None,
+    **kwargs,
+) -> DatasetDict:
     """Load labelled images from the Hub or a local folder, with the columns `image` and `label`.
 
-    Without arguments, it loads the digits of `load_digits`. If a data set has no validation or test split, a fifth of
-    its images becomes one.
+    Without arguments, it loads the digits of `load_digits`. A validation split becomes the test split, else a test
+    split does. If neither has labels, a fifth of the training images becomes the test split, and a line says so.
 
     Args:
         dataset_name: Id of a data set on the Hub, such as "ILSVRC/imagenet-1k".
-        data_dir: Folder of images, such as `train/cat/1.png`, or of parquet files. The guide "Create an image dataset"
-            of `datasets` describes its layout.
-        kwargs: Further arguments of `datasets.load_dataset`, such as `streaming=True`.
+        data_dir: Folder of images (`cat/1.png`, or `train/cat/1.png` and `val/cat/2.png`), of such folders in a zip, of
+            webdataset tars, of parquet files, or of another kind that `datasets.load_dataset` knows. The folder of an
+            image is its class. The folders at the top are splits if the one called "train" holds folders of images.
+        image_column, label_column: Columns to read. None finds them by type and name.
+        train_split, test_split: Splits to read. None finds them by name.
+        kwargs: Further arguments of `datasets.load_dataset`, such as `streaming=True` or `name="default"`.
 
     Raises:
         OSError: The folder or data set does not exist.
-        ValueError: The data set has no images or no labels that name classes, or both sources are given.
+        ValueError: The data set has no images or no labels that name classes, some training images have no label,
+            or both sources are given.
 
     Example:
         >>> from hydravit_hf.data import load_images
@@ -66,31 +103,207 @@ def load_images(dataset_name: str | None = None, data_dir: str | Path | None = N
         raise ValueError("Give `dataset_name` or `data_dir`, not both.")
     if dataset_name is None and data_dir is None:
         return load_digits()
-    if data_dir is not None and not Path(data_dir).is_dir():
-        raise FileNotFoundError(f"There is no folder '{data_dir}'.")
-    splits = load_dataset(dataset_name or str(data_dir), **kwargs)
-    if "train" not in splits:
+    splits = load_dataset(dataset_name, **kwargs) if data_dir is None else load_folder(Path(data_dir), **kwargs)
+    streaming = bool(kwargs.get("streaming"))
+    train = _find_split(splits, train_split, TRAIN)
+    if train is None:
         raise ValueError(f"The data set must have a train split; it has {list(splits)}.")
-    train = splits["train"]
-    image = _only_column(train, Image)
-    label = next((name for name in ("label", "labels", "fine_label") if name in train.column_names), None)
-    if label is None:
-        label = _only_column(train, ClassLabel)
-    splits = splits.select_columns([image, label])
-    splits = splits.rename_columns({old: new for old, new in ((image, "image"), (label, "label")) if old != new})
-    test = next((name for name in ("validation", "valid", "test") if name in splits), None)
-    splits = type(splits)({"train": splits["train"]} | ({} if test is None else {"test": splits[test]}))
-    names_classes = isinstance(splits["train"].features["label"], ClassLabel)
-    if kwargs.get("streaming") and not ("test" in splits and names_classes):
-        raise ValueError("A stream must have a validation or test split, and labels of type ClassLabel.")
+    image = image_column or _find_column(splits[train], Image, IMAGE_COLUMNS, "image")
+    label = label_column or _find_column(splits[train], ClassLabel, LABEL_COLUMNS, "label")
+    chosen = {"train": _rename(splits[train], image, label)}
+    tests = [test_split] if test_split else [name for name in (*VALIDATION, *TEST) if name in splits]
+    for name in tests:
+        if name not in splits:
+            raise ValueError(f"The data set must have the split '{name}'; it has {list(splits)}.")
+        if label in splits[name].column_names and (streaming or _count_unlabelled(splits[name], label) == 0):
+            chosen["test"] = _rename(splits[name], image, label)
+            break
+        if label in splits[name].column_names and _count_unlabelled(splits[name], label) < len(splits[name]):
+            _check_labelled(splits[name], label, name)
+        logger.warning(f"The split '{name}' has no labels: it is not evaluated on.")
+    names_classes = isinstance(chosen["train"].features["label"], ClassLabel)
+    if streaming:
+        if "test" not in chosen or not names_classes:
+            raise ValueError("A stream must have a validation or test split, and labels of type ClassLabel.")
+        return IterableDatasetDict(chosen)
+    _check_labelled(chosen["train"], "label", train)
+    chosen = DatasetDict(chosen)
     if not names_classes:
-        splits = _number_classes(splits)
-    return splits if "test" in splits else hold_out(splits["train"])
+        chosen = _number_classes(chosen)
+    if "test" not in chosen:
+        chosen = hold_out(chosen["train"])
+        logger.warning(f"There is no labelled test split: {len(chosen['test'])} of the training images are held out.")
+    return chosen
+
+
+def load_folder(folder: Path, **kwargs) -> DatasetDict:
+    """Load a local folder of images, archives or tables. `load_images` describes the kinds.
+
+    Raises:
+        OSError: The folder does not exist.
+        ValueError: The images have no classes.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder '{folder}'.")
+    folder = folder.resolve()  # a relative one could be the name of a loader of `datasets`, such as "csv"
+    files = _list_files(folder)
+    kinds = {kind: [file for file in files if file.suffix.lower() in kind] for kind in (TABLES, (".zip",), (".tar",))}
+    images = [file for file in files if file.suffix.lower() in _image_suffixes()]
+    if any(file.name.startswith("metadata.") for file in files):  # of `datasets`, which joins it with the images
+        return load_dataset("imagefolder", data_dir=glob.escape(str(folder)), **kwargs)
+    if images:
+        return _image_folder(folder, images, **kwargs)
+    for kind, loader in ((TABLES, "parquet"), ((".tar",), "webdataset")):
+        if kinds[kind]:
+            data_files = {}
+            for file in kinds[kind]:
+                data_files.setdefault(_split_of(file.relative_to(folder)), []).append(glob.escape(str(file)))
+            # One by one, as a split without labels has other columns
+            loaded = {
+                split: load_dataset(loader, data_files=paths, split="train", **kwargs)
+                for split, paths in data_files.items()
+            }
+            return (IterableDatasetDict if kwargs.get("streaming") else DatasetDict)(loaded)
+    if kinds[(".zip",)]:
+        extracted = [Path(DownloadManager().extract(str(file))) for file in kinds[(".zip",)]]
+        if len(extracted) == 1:
+            return load_folder(extracted[0], **kwargs)
+        splits = {}
+        for file, root in zip(kinds[(".zip",)], extracted, strict=True):
+            splits |= {_split_of(file.relative_to(folder)): [(path, path.parent.name) for path in _list_images(root)]}
+        return _as_datasets(splits, **kwargs)
+    return load_dataset(str(folder), **kwargs)
 
 
 def hold_out(dataset: Dataset) -> DatasetDict:
-    """Split a data set into train and test, with the same share of every class in both."""
-    return dataset.train_test_split(HELD_OUT, stratify_by_column="label", seed=0)
+    """Split a data set into train and test, with the same share of every class in both.
+
+    Classes with few images give one of them. A class with one image keeps it for training.
+
+    Raises:
+        ValueError: No class has two images.
+    """
+    labels = np.array(dataset.with_format(None)["label"])
+    numbers = np.bincount(labels)
+    numbers = numbers[numbers > 0]
+    if numbers.min() > 1 and math.ceil(HELD_OUT * len(labels)) >= len(numbers):
+        return dataset.train_test_split(HELD_OUT, stratify_by_column="label", seed=0)
+    order, held = np.random.default_rng(0).permutation(len(labels)), []
+    for label in np.unique(labels):
+        of_class = order[labels[order] == label]
+        held += of_class[: max(1, round(HELD_OUT * len(of_class))) if len(of_class) > 1 else 0].tolist()
+    if not held:
+        raise ValueError("There are too few images to hold some out for the test: no class has two.")
+    train = np.setdiff1d(np.arange(len(labels)), held)
+    return DatasetDict({"train": dataset.select(train), "test": dataset.select(sorted(held))})
+
+
+def _image_folder(folder: Path, images: list[Path], **kwargs) -> DatasetDict:
+    """Images whose folders are their classes."""
+    while len(tops := _tops(folder, images)) == 1 and not any(file.parent == folder for file in images):
+        (top,) = tops
+        if top.lower() in SPLITS or any(file.parent == folder / top for file in images):
+            break  # a split, or the only class
+        folder = folder / top
+    names = {name: top for name in SPLITS for top in tops if top.lower() == name}
+    nested = {parts[0] for file in images if len(parts := file.relative_to(folder).parts) > 2}
+    train = next((names[name] for name in TRAIN if name in names), None)
+    only_splits = set(names.values()) == tops and len(tops) > 0
+    if only_splits and not nested and train is not None and len(tops) > 1:
+        raise ValueError(f"The images of '{folder}' have no classes: put them into folders, such as train/cat/1.png.")
+    if train not in nested and not (only_splits and nested):  # a folder "train" that holds images itself is a class
+        return _as_datasets({"train": [(file, file.parent.name) for file in images if file.parent != folder]}, **kwargs)
+    splits = {}
+    for name, top in names.items():
+        inside = [file for file in images if file.relative_to(folder).parts[0] == top]
+        splits[name] = [(file, None if file.parent == folder / top else file.parent.name) for file in inside]
+    return _as_datasets(splits, **kwargs)
+
+
+def _as_datasets(splits: dict[str, list[tuple[Path, str | None]]], streaming: bool = False, **kwargs) -> DatasetDict:
+    """Data sets of files and the names of their classes, which are numbered alike in all splits."""
+    names = sorted({name for rows in splits.values() for _, name in rows if name is not None})
+    numbers = {name: number for number, name in enumerate(names)} | {None: None}
+    features = Features({"image": Image(), "label": ClassLabel(names=names)})
+    found = {}
+    for split, rows in splits.items():
+        columns = {"image": [str(file) for file, _ in rows], "label": [numbers[name] for _, name in rows]}
+        found[split] = Dataset.from_dict(columns, features=features)
+    return DatasetDict({split: data.to_iterable_dataset() if streaming else data for split, data in found.items()})
+
+
+def _list_files(folder: Path) -> list[Path]:
+    """All files below a folder that are not hidden, through links to other folders too, in sorted order."""
+    files, seen = [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(parent)) in seen:
+            folders.clear()  # a link that leads back
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+        files += [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
+    return files
+
+
+def _list_images(folder: Path) -> list[Path]:
+    return [file for file in _list_files(folder) if file.suffix.lower() in _image_suffixes()]
+
+
+def _image_suffixes() -> set[str]:
+    return {suffix for suffix, name in PILImage.registered_extensions().items() if name in FORMATS}
+
+
+def _tops(folder: Path, files: list[Path]) -> set[str]:
+    """The names of the folders at the top that hold some of the files."""
+    return {parts[0] for file in files if len(parts := file.relative_to(folder).parts) > 1}
+
+
+def _split_of(file: Path) -> str:
+    """The split that a file's name begins with, or else that a folder around it is called; else "train"."""
+    words = [re.split(r"[^a-z]", part.lower())[0] for part in (file.name, *reversed(file.parts[:-1]))]
+    return next((word for word in words if word in SPLITS), "train")
+
+
+def _find_split(splits: DatasetDict, given: str | None, names: tuple[str, ...]) -> str | None:
+    if given is not None:
+        return given if given in splits else None
+    return next((name for name in names if name in splits), None)
+
+
+def _find_column(dataset: Dataset, feature: type, names: tuple[str, ...], kind: str) -> str:
+    """The column of a kind, by its type or else by its name. It is an error if none or several could be meant."""
+    of_type = [name for name, value in dataset.features.items() if isinstance(value, feature)]
+    named = [name for name in names if name in dataset.column_names]
+    found = [name for name in named if name in of_type] or (of_type if len(of_type) == 1 else named)
+    if not found or (len(of_type) > 1 and not named):
+        raise ValueError(
+            f"The data set must have one column of type {feature.__name__}, not {of_type}: it has the columns "
+            f"{dataset.column_names}. `{kind}_column` names the one that you mean."
+        )
+    return found[0]
+
+
+def _rename(dataset: Dataset, image: str, label: str) -> Dataset:
+    for name in (image, label):
+        if name not in dataset.column_names:
+            raise ValueError(f"The data set has no column '{name}'; it has {dataset.column_names}.")
+    if not isinstance(dataset.features[label], (ClassLabel, Value)):
+        raise ValueError(f"The column '{label}' must hold one label for each image: lists of labels are not supported.")
+    dataset = dataset.select_columns([image, label])
+    return dataset.rename_columns({old: new for old, new in ((image, "image"), (label, "label")) if old != new})
+
+
+def _count_unlabelled(dataset: Dataset, label: str) -> int:
+    """The number of images without a label: None, or a number below 0."""
+    labels = dataset.select_columns(label).with_format(None)[label]
+    return sum(value is None or (isinstance(value, int) and value < 0) for value in labels)
+
+
+def _check_labelled(dataset: Dataset, label: str, split: str):
+    if unlabelled := _count_unlabelled(dataset, label):
+        raise ValueError(
+            f"{unlabelled} of {len(dataset)} images of the split '{split}' have no label in the column '{label}'."
+        )
 
 
 def to_pixel_values(processor, augment=None):
@@ -115,6 +328,8 @@ def to_pixel_values(processor, augment=None):
 
 def _to_pixel_values(batch: dict, processor, augment) -> dict:
     images = [with_channels(image, len(processor.image_mean)) for image in batch["image"]]
+    for image in images:
+        check_resized(image, processor.size)
     if augment is not None:
         images = [augment(image) for image in images]
     pixel_values = processor(images, return_tensors="pt")["pixel_values"]
@@ -141,15 +356,17 @@ def check_labels(dataset: Dataset, num_labels: int):
 
 
 def align_labels(dataset: Dataset, label2id: dict[str, int]) -> Dataset:
-    """Number the classes of a data set as a model does. Classes match by their names.
+    """Number the classes of a data set as a model does. Classes match by their names, as they are written.
 
     Raises:
         ValueError: The model lacks a class.
     """
-    try:
-        return dataset.align_labels_with_mapping(label2id, "label")
-    except KeyError as error:
-        raise ValueError(f"The model has no label {error}, which is a class of the data set.") from error
+    names = dataset.features["label"].names
+    if missing := [name for name in names if name not in label2id]:
+        raise ValueError(f"The model has no label '{missing[0]}', which is a class of the data set.")
+    numbers = [label2id[name] for name in names]
+    dataset = dataset.map(lambda label: {"label": numbers[label]}, input_columns="label")
+    return dataset.cast_column("label", ClassLabel(names=sorted(label2id, key=label2id.get)))
 
 
 def _number_classes(splits: DatasetDict) -> DatasetDict:
@@ -158,14 +375,3 @@ def _number_classes(splits: DatasetDict) -> DatasetDict:
     numbers = {name: number for number, name in enumerate(classes)}
     splits = splits.map(lambda label: {"label": numbers[label]}, input_columns="label")
     return splits.cast_column("label", ClassLabel(names=[str(name) for name in classes]))
-
-
-def _only_column(dataset: Dataset, feature: type) -> str:
-    """The name of the only column of a type. It is an error if there is none or more than one."""
-    names = [name for name, value in dataset.features.items() if isinstance(value, feature)]
-    if len(names) != 1:
-        raise ValueError(
-            f"The data set must have one column of type {feature.__name__}, not {names}; it has the columns "
-            f"{dataset.column_names}."
-        )
-    return names[0]

