@@ -7,6 +7,7 @@ import platform
 import random
 import re
 import statistics
+import threading
 import timeit
 from collections.abc import Callable
 from functools import partial
@@ -32,6 +33,8 @@ BUDGETS = {
     "max_parameters": ("parameters", 1e6, "M parameters"),
 }
 SHORTEST_SAMPLE = 2e-3  # seconds; a timing repeats faster passes until it takes this long
+
+_PROFILER = threading.Lock()  # torch's profiler is one for all threads, and ends the process if two start it
 
 
 def add_costs(config: HydraViTConfig, rows: list[dict]) -> list[dict]:
@@ -263,7 +266,7 @@ def _peak_allocations(passes: dict[int, Callable], device: torch.device) -> dict
             peaks[num_heads] = torch.cuda.max_memory_allocated(device) - before
         return peaks
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler logs to stderr
-    with torch.autograd.profiler.profile(profile_memory=True) as profiler:
+    with _PROFILER, torch.autograd.profiler.profile(profile_memory=True) as profiler:
         for num_heads, run in passes.items():
             with torch.profiler.record_function(f"pass {num_heads}"):
                 run()
