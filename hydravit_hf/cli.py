@@ -31,6 +31,13 @@ Heads = Annotated[
         "--heads", metavar="K", help="Head count of a width. Repeat it for several.", show_default="all trained widths"
     ),
 ]
+ConfigName = Annotated[str | None, typer.Option(metavar="NAME", help="Configuration of a data set on the Hub.")]
+ImageColumn = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Column of the images.", show_default="found by type and name")
+]
+LabelColumn = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Column of the labels.", show_default="found by type and name")
+]
 Split = Annotated[str, typer.Option(metavar="NAME", help="Split of the data: train or test.")]
 BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Number of images in a forward pass.")]
 Device = Annotated[
@@ -93,6 +100,9 @@ def evaluate(
     heads: Heads = None,
     split: Split = "test",
     batch_size: BatchSize = 64,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    config_name: ConfigName = None,
     device: Device = None,
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write the rows to this file, for `hydravit card`.")
@@ -104,7 +114,8 @@ def evaluate(
     from .profiling import add_costs
 
     loaded = _load(model, device)
-    images = _load_images(model, loaded.config, data, split)
+    columns = {"image_column": image_column, "label_column": label_column, "name": config_name}
+    images = _load_images(model, loaded.config, data, split, **columns)
     rows = add_costs(loaded.config, evaluate_subnetworks(loaded, images, heads, batch_size))
     if output is not None:
         output.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
@@ -170,7 +181,8 @@ def predict(
         for image, output in zip(images, outputs, strict=True):
             if isinstance(output, list):
                 spent = f" ({output[0]['num_heads']} heads)" if "num_heads" in output[0] else ""
-                print(f"{image}: " + ", ".join(f"{row['label']} {row['score']:.1%}" for row in output) + spent)
+                found = ", ".join(f"{_printable(row['label'])} {row['score']:.1%}" for row in output)
+                print(f"{image}: {found}{spent}")
     for error in bad:
         print(f"error: {error}", file=sys.stderr)
     if bad:
@@ -207,6 +219,9 @@ def cascade(
     criterion: Annotated[str, typer.Option(metavar="NAME", help=CRITERION)] = "entropy",
     split: Split = "test",
     batch_size: BatchSize = 64,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    config_name: ConfigName = None,
     device: Device = None,
     save: Annotated[bool, typer.Option("--save", help="Save the cascade with the model, in a local folder.")] = False,
     as_json: Json = False,
@@ -220,7 +235,8 @@ def cascade(
     if save and not Path(model).is_dir():
         raise ValueError(f"`--save` writes into a local folder, which '{model}' is not.")
     loaded = _load(model, device)
-    images = _load_images(model, loaded.config, data, split)
+    columns = {"image_column": image_column, "label_column": label_column, "name": config_name}
+    images = _load_images(model, loaded.config, data, split, **columns)
     goals = {"max_macs": max_macs, "max_latency_ms": max_latency_ms, "max_accuracy_loss": max_accuracy_loss}
     fitted = fit_cascade(loaded, images, heads or None, **goals, criterion=criterion, batch_size=batch_size)
     if save:
@@ -392,17 +408,20 @@ def _load(model: str, device: str | None = None, **kwargs):
     return loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _load_images(model: str, config, data: str, split: str):
+def _load_images(model: str, config, data: str, split: str, **columns: str | None):
     """Load labelled images and prepare them for a model, whose classes they must have."""
     from transformers import AutoImageProcessor
 
     from .data import align_labels, check_labels, load_images, to_pixel_values
 
     sources = {} if data == "digits" else {"data_dir" if Path(data).is_dir() else "dataset_name": data}
-    splits = load_images(**sources)
+    columns = {name: value for name, value in columns.items() if value is not None}
+    splits = load_images(**sources, **columns)
     if split not in splits:
         raise ValueError(f"`--split` must be one of {', '.join(splits)}, not '{split}'.")
     images = splits[split]
+    if sorted(config.id2label) != list(range(config.num_labels)):
+        raise ValueError(f"The model must number its labels from 0, not {sorted(config.id2label)[0]}, in `id2label`.")
     if config.id2label[0] != "LABEL_0":  # the names of classes tell more than their numbers
         images = align_labels(images, config.label2id)
     check_labels(images, config.num_labels)
@@ -445,6 +464,11 @@ def _print_json(value):
     print(json.dumps(value, indent=2))
 
 
+def _printable(text: str) -> str:
+    """Escape the control characters of a name that comes with a model, which could steer the terminal."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
 def main():
     """Run the command.
 
@@ -458,6 +482,8 @@ def main():
         sys.exit(f'error: {error}: pip install "hydravit_hf[train]"')
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
+    except Exception as error:  # its message alone may say little, such as that of a KeyError
+        sys.exit(f"error: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

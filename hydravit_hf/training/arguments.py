@@ -44,6 +44,11 @@ class DataArguments:
 
     dataset_name: str | None = option(None, "Dataset id of the Hub.")
     data_dir: str | None = option(None, "Local folder of images, or of parquet files.")
+    config_name: str | None = option(None, "Configuration of a data set on the Hub.")
+    image_column: str | None = option(None, "Column of the images. Default: found by type and name.")
+    label_column: str | None = option(None, "Column of the labels. Default: found by type and name.")
+    train_split: str | None = option(None, "Split to train on. Default: found by name.")
+    test_split: str | None = option(None, "Split to test on. Default: found by name, or a fifth is held out.")
     streaming: bool = option(False, "Read the images while training; make no local copy.")
 
     def __post_init__(self):
@@ -58,7 +63,10 @@ class DataArguments:
         """Load the images as train and test splits; see `hydravit_hf.data.load_images`."""
         from ..data import load_images
 
-        return load_images(self.dataset_name, self.data_dir, streaming=self.streaming)
+        columns = {"image_column": self.image_column, "label_column": self.label_column}
+        splits = {"train_split": self.train_split, "test_split": self.test_split}
+        options = {"streaming": self.streaming} | ({} if self.config_name is None else {"name": self.config_name})
+        return load_images(self.dataset_name, self.data_dir, **columns, **splits, **options)
 
 
 @dataclass
