@@ -390,11 +390,17 @@ def push(
         str | None, typer.Option(metavar="NAME", help="Branch to commit to.", show_default="main")
     ] = None,
     message: Annotated[str, typer.Option(metavar="TEXT", help="Message of the commit.")] = "Upload HydraViT",
+    include: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Further files to upload, such as 'examples/*.jpg'. Repeat it for more."),
+    ] = None,
 ):
     """Publish the folder of a checkpoint on the Hub, in one commit."""
     from .hub import push_checkpoint
 
-    commit = push_checkpoint(folder, repo_id, private=private, revision=revision, commit_message=message)
+    commit = push_checkpoint(
+        folder, repo_id, private=private, revision=revision, commit_message=message, include=include
+    )
     print(commit.commit_url)
 
 

@@ -1,18 +1,25 @@
 """Publishes a checkpoint on the Hub: checks it first, then uploads it in one commit."""
 
 import json
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 from safetensors import SafetensorError, safe_open
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from .model.configuration_hydravit import HydraViTConfig
 
-# Files that training leaves beside a checkpoint: its states, unfinished files, its settings and logs
-LEFT_OUT = ["checkpoint-*", "_*", "run.json", "runs/*", "wandb/*", "*.tfevents.*", "*hparams.yml"]
+logger = logging.get_logger(__name__)
+
+# The files that a checkpoint consists of
+SENT = [
+    *("config.json", "model.safetensors", "model-*.safetensors", "model.*.safetensors", "model.safetensors.index.json"),
+    *("*_hydravit.py", "preprocessor_config.json", "processor_config.json", "README.md", "results.json"),
+    *("accuracy_over_macs.png", "LICENSE", "LICENSE.*", ".gitattributes", "*.onnx", "*.onnx.data"),
+]
 
 
 def push_checkpoint(
@@ -22,12 +29,13 @@ def push_checkpoint(
     token: str | None = None,
     revision: str | None = None,
     commit_message: str = "Upload HydraViT",
+    include: list[str] | None = None,
 ) -> CommitInfo:
     """Publish the folder of a saved HydraViT on the Hub.
 
-    It uploads weights, configuration and code, and the other files of the folder, such as the image processor, the card
-    README.md, its plot and results.json. It leaves out what training keeps there: the states `checkpoint-*`, files that
-    start with `_`, `run.json` and the logs of trackers. Files that are only in the repository stay.
+    It uploads what a checkpoint consists of: weights, configuration, code, the image processor, the card README.md, its
+    plot, results.json, licences and ONNX files. A line names the other files, which stay here: they may hold secrets,
+    states of the training or logs. So do links that lead out of the folder. Files that are only in the repository stay.
 
     All files become one commit. If an upload breaks off, the repository stays as it was, or empty if it is new.
 
@@ -40,6 +48,7 @@ def push_checkpoint(
         token: Token with write access. None means the one that `hf auth login` stored, or HF_TOKEN.
         revision: Branch to commit to. It is made from the main branch if it does not exist. None means the main branch.
         commit_message: First line of the commit's message.
+        include: Patterns of further files to upload, such as "examples/*.jpg", relative to the folder.
 
     Raises:
         FileNotFoundError: The folder does not exist, or lacks its configuration or some of its weights.
@@ -52,7 +61,13 @@ def push_checkpoint(
         raise FileNotFoundError(f"There is no folder '{folder}'.")
     # `upload_folder` would do this too, but it may split a folder into several commits
     names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
-    names = list(filter_repo_objects(names, ignore_patterns=LEFT_OUT + DEFAULT_IGNORE_PATTERNS))
+    inside = [name for name in names if (folder / name).resolve().is_relative_to(folder.resolve())]
+    patterns = [*SENT, *(include or [])]
+    sent = [name for name in inside if any(_matches(name, pattern) for pattern in patterns)]
+    if left := [name for name in names if name not in sent]:
+        shown = ", ".join(left[:10]) + (f" and {len(left) - 10} more" if len(left) > 10 else "")
+        logger.warning(f"Not uploaded, as no checkpoint needs it (`include` adds files): {shown}")
+    names = list(filter_repo_objects(sent, ignore_patterns=DEFAULT_IGNORE_PATTERNS))
     _check_config(folder)
     _check_weights(folder, names)
     try:
@@ -69,6 +84,12 @@ def push_checkpoint(
     except Exception as error:  # from the client's HTTP library or its threads
         reasons = dict.fromkeys(str(reason) for reason in (error, error.__cause__) if reason)
         raise OSError(f"The upload of '{folder}' to '{repo_id}' broke off: {' '.join(reasons)}") from error
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a file matches a pattern, whose `*` stands for no `/`."""
+    parts, patterns = name.split("/"), pattern.split("/")
+    return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
 
 
 def _check_config(folder: Path):

@@ -318,9 +318,18 @@ def test_a_folder_is_published_in_one_commit_without_what_training_left(hub, use
         "hydravit/events.out.tfevents.1",
         "hydravit/1/hparams.yml",
         ".cache/huggingface/upload",
+        ".env",
+        "id_rsa",
+        "notes.txt",
+        "optimizer.pt",
+        "trained_weights.safetensors",
+        "training_args.bin",
+        "other/model.safetensors",
     ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"left by training")
+    (folder.parent / "secret").write_text("outside of the folder")
+    (folder / "LICENSE").symlink_to(folder.parent / "secret")
     before = len(hub.log)
     oid = push(user, folder, "whole", commit_message="A message")  # the user's name is that of the token
     repo = hub.repos["user/whole"]
@@ -350,6 +359,16 @@ def test_a_push_that_breaks_leaves_the_repository_as_it_was(hub, user, save, met
     assert (repo.branches, repo.commits) == before
     push(user, folder, "user/kept")
     assert repo.files()["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+
+
+def test_further_files_are_published_by_pattern_only(hub, user, save):
+    folder, _ = save()
+    for name in ("examples/cat.jpg", "examples/more/dog.jpg", "notes.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"a file")
+    push(user, folder, "patterns", include=["examples/*.jpg"])
+    found = hub.repos["user/patterns"].files()
+    assert "examples/cat.jpg" in found and not {"examples/more/dog.jpg", "notes.txt"} & found.keys()
 
 
 def test_an_upload_that_is_cut_once_is_repeated(hub, user, save):
