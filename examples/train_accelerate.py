@@ -34,11 +34,18 @@ from hydravit_hf.training import arguments
 from hydravit_hf.training.augmentation import mix_images
 from hydravit_hf.training.averaging import AveragedWeights
 from hydravit_hf.training.optimizer import PrefixAdamW, parameter_groups
-from hydravit_hf.training.runs import checkpoint_step, list_checkpoints, open_run, save_checkpoint
+from hydravit_hf.training.runs import (
+    Preemption,
+    checkpoint_step,
+    list_checkpoints,
+    open_data,
+    open_run,
+    save_checkpoint,
+)
 from hydravit_hf.training.steps import SubnetworkTrainingArguments, backward_widths
 
 
-def main():
+def main(preemption: Preemption):
     # 1. The arguments, and the run: its folder, its processes, its seed
     classes = (arguments.DataArguments, arguments.ModelArguments, arguments.AugmentationArguments)
     classes += (SubnetworkTrainingArguments, arguments.LoopArguments, arguments.RunArguments)
@@ -78,6 +85,8 @@ def main():
     train_images, test_images = arguments.make_datasets(
         data, processor, augmentation, loop.seed, accelerator.process_index, accelerator.num_processes
     )
+    if accelerator.is_main_process:
+        open_data(run.output_dir, train_images, run.resume_from_checkpoint is not None)
     train_loader = DataLoader(
         train_images,
         batch_size=loop.per_device_train_batch_size,
@@ -161,6 +170,11 @@ def main():
                 accelerator.log({"loss": loss, "learning_rate": scheduler.get_last_lr()[0]}, step=step)
             if checkpointing_steps and step % checkpointing_steps == 0:
                 save_checkpoint(accelerator, run.output_dir, step, keep=run.checkpoints_total_limit)
+            if preemption.is_near(accelerator):  # SIGTERM: the cluster will end this process soon
+                save_checkpoint(accelerator, run.output_dir, step, keep=run.checkpoints_total_limit)
+                model, optimizer = accelerator.free_memory(model, optimizer)
+                accelerator.end_training()
+                sys.exit(0)
         if step < max_steps and step % steps_per_epoch:
             raise ValueError(f"The stream ended after {step % steps_per_epoch} of {steps_per_epoch} steps of an epoch.")
         if run.evaluation_epochs and (epoch + 1) % run.evaluation_epochs == 0 and step < max_steps:
@@ -203,4 +217,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with Preemption() as noted:
+        main(noted)

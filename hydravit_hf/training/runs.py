@@ -18,7 +18,7 @@ from ..folders import is_new_or_empty
 
 logger = logging.get_logger(__name__)
 
-RUN_FILE = "run.json"
+RUN_FILE, DATA_FILE = "run.json", "data.json"
 
 
 def open_run(output_dir: Path, settings: dict, resume: bool, overwrite: bool):
@@ -77,6 +77,19 @@ def describe_data(dataset) -> dict:
         labels = json.dumps(list(source.select_columns(column).with_format(None)[column]))
         described["labels"] = hashlib.sha256(labels.encode()).hexdigest()[:16]
     return described
+
+
+def open_data(output_dir: Path, dataset, resume: bool):
+    """Note the training data of a run in its folder, or compare them with the noted ones if the run is resumed.
+
+    Raises:
+        ValueError: The data are others than those that the run began with.
+    """
+    file, described = output_dir / DATA_FILE, describe_data(dataset)
+    if resume and file.exists():
+        check_same_run(json.loads(file.read_text(encoding="utf-8")), described, output_dir)
+    else:
+        file.write_text(json.dumps(described) + "\n", encoding="utf-8")
 
 
 class Preemption:
