@@ -7,5 +7,5 @@ check:  ## what the linter says
 test:  ## the fast tests
 	pytest -m "not slow"
 
-demo:  ## train the digits and show what each width is worth
+demo:  ## train the digits and show how good each width is
 	python examples/train_accelerate.py --overwrite_output_dir
