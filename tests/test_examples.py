@@ -1,127 +1,143 @@
-"""The example scripts run as their users run them: as processes, on real data, to the end or to a kill."""
+"""The training scripts run as their users run them: as processes, on real data, to the end or to a kill."""
 
-import importlib
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
-import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
+from support.cards import check_card
+from support.scripts import EXAMPLES, finish, kill_when_there_is, run
 from transformers import AutoImageProcessor, pipeline
 
-from hydravit_hf import HydraViTForImageClassification
+from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, make_image_processor
 from hydravit_hf.data import load_digits, to_pixel_values
-from hydravit_hf.evaluation import evaluate_subnetworks
+from hydravit_hf.training.arguments import (
+    AugmentationArguments,
+    DataArguments,
+    LoopArguments,
+    ModelArguments,
+    RunArguments,
+    parse_arguments,
+)
+from hydravit_hf.training.steps import SubnetworkTrainingArguments
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-TINY = ["--num_attention_heads", "4", "--num_hidden_layers", "1", "--max_train_steps", "24", "--drop_path_rate", "0.1"]
+SIZES = ["--num_attention_heads", 4, "--num_hidden_layers", 1]
+TINY = [*SIZES, "--max_train_steps", 24, "--drop_path_rate", 0.1]
+TINY_TRAINER = [*SIZES, "--max_steps", 24, "--drop_path_rate", 0.1, "--disable_tqdm", "True"]
+FINETUNE = ["--max_steps", 4, "--per_device_train_batch_size", 16, "--disable_tqdm", "True"]
 
 
-def command(script: str, *arguments) -> list[str]:
-    return [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
+def train(output_dir: Path, *arguments) -> str:
+    return finish("train_accelerate.py", "--output_dir", output_dir, *TINY, *arguments)
 
 
-def run(script: str, *arguments, **kwargs) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command(script, *arguments), env=environment, capture_output=True, text=True, timeout=300, **kwargs
-    )
+def held_out_digits(folder: Path):
+    processor = AutoImageProcessor.from_pretrained(folder)
+    return load_digits()["test"].with_transform(to_pixel_values(processor))
 
 
-def train(output_dir: Path, *arguments) -> subprocess.CompletedProcess:
-    result = run("train_accelerate.py", "--output_dir", output_dir, *TINY, *arguments)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result
+def assert_equal_weights(one: Path, other: Path):
+    expected, found = (load_file(folder / "model.safetensors") for folder in (one, other))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def assert_equal_results(one: Path, other: Path):
+    expected, found = (json.loads((folder / "results.json").read_text()) for folder in (one, other))
+    for key in ("num_heads", "accuracy", "top5_accuracy", "loss"):
+        assert [row[key] for row in expected] == [row[key] for row in found]
+
+
+def save_images(folder: Path, count: int):
+    """Save digits as a folder of images."""
+    for index, item in enumerate(load_digits()["train"].select(range(count))):
+        file = folder / str(item["label"]) / f"{index}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        item["image"].save(file)
+
+
+def save_shards(folder: Path):
+    """Save the digits as parquet files."""
+    digits = load_digits()
+    folder.mkdir()
+    for index in range(2):
+        digits["train"].shard(2, index).to_parquet(folder / f"train-{index:05d}-of-00002.parquet")
+    digits["test"].to_parquet(folder / "test-00000-of-00001.parquet")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train_accelerate.py
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The output folder of a short run, and what it printed."""
-    folder = tmp_path_factory.mktemp("trained")
-    result = train(folder, "--with_tracking", "--report_to", "tensorboard", "--evaluation_epochs", "1")
-    return folder, result.stdout
+    folder = tmp_path_factory.mktemp("runs") / "trained"
+    tracking = ["--with_tracking", "--report_to", "tensorboard"]
+    return folder, train(folder, *tracking, "--evaluation_epochs", 1, "--checkpointing_steps", 12)
 
 
-def test_training_leaves_one_checkpoint_whose_table_is_true_at_every_width(trained):
+def test_training_leaves_one_checkpoint_whose_card_is_true_at_every_width(trained):
     folder, printed = trained
-    rows = json.loads((folder / "results.json").read_text())
-    assert [row["num_heads"] for row in rows] == [3, 4]
-    processor = AutoImageProcessor.from_pretrained(folder)
-    test = load_digits()["test"].with_transform(to_pixel_values(processor))
     whole = HydraViTForImageClassification.from_pretrained(folder)
-    for row in rows:
-        (found,) = evaluate_subnetworks(whole, test, [row["num_heads"]], batch_size=50)
-        assert found["accuracy"] == pytest.approx(row["accuracy"])
-        assert f"{row['accuracy']:.2%}" in printed
-        extracted = whole.extract_subnetwork(row["num_heads"])
-        assert row["parameters"] == extracted.num_parameters()
+    check_card(folder, whole, held_out_digits(folder), [3, 4])
+    rows = json.loads((folder / "results.json").read_text())
     assert rows[-1]["accuracy"] > 0.3  # chance is 0.1
+    assert all(f"{row['accuracy']:.2%}" in printed for row in rows)
+    assert printed.count("| heads |") == 2  # after the first epoch and at the end
     with Image.open(folder / "accuracy_over_macs.png") as plot:
         assert plot.format == "PNG"
-    card = ModelCard.load(folder / "README.md")
-    assert [result.metric_value for result in card.data.eval_results] == [round(row["accuracy"], 5) for row in rows]
-    recipe = yaml.safe_load(re.search("```yaml\n(.*?)```", card.text, flags=re.DOTALL)[1])
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    assert train(folder, "--config", str(folder / "recipe.yaml"), "--help").returncode == 0
     assert list(folder.rglob("events.out.tfevents.*"))
-    assert printed.count("| heads |") == 2  # after the first epoch and at the end
 
 
-def test_what_was_trained_serves_in_the_stock_pipeline(trained):
-    folder, _ = trained
-    digits = load_digits()["test"]
-    classify = pipeline("image-classification", model=str(folder), model_kwargs={"num_attention_heads": 3})
-    predictions = classify([digits[index]["image"] for index in range(100)], top_k=1)
-    correct = sum(predictions[index][0]["label"] == str(digits[index]["label"]) for index in range(100))
-    assert correct > 20
+def test_training_leaves_its_recipe_on_the_card_which_trains_again(trained, tmp_path, monkeypatch):
+    card = ModelCard.load(trained[0] / "README.md")
+    recipe = re.search("```yaml\n(.*?)```", card.text, flags=re.DOTALL)[1]
+    assert "max_train_steps: 24" in recipe and "flip" not in recipe
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    monkeypatch.setattr(sys, "argv", ["train_accelerate.py", "--config", str(tmp_path / "recipe.yaml")])
+    classes = (DataArguments, ModelArguments, AugmentationArguments, SubnetworkTrainingArguments, LoopArguments)
+    parsed = parse_arguments("Train.", (*classes, RunArguments))[:-1]
+    settings = {name: value for args in parsed for name, value in asdict(args).items() if value is not None}
+    assert {name: str(value) for name, value in settings.items()} == json.loads((trained[0] / "run.json").read_text())
 
 
-def test_stages_that_recycle_tokens_are_trained_from_an_ordinary_checkpoint(trained, tmp_path):
-    start = ["--model_name_or_path", trained[0], "--token_recycling", "--subnetwork_heads", "2", "4"]
-    train(tmp_path, *start)
-    model = HydraViTForImageClassification.from_pretrained(tmp_path)
-    assert model.config.token_recycling and model.config.subnetwork_heads == [2, 4]
-    assert model.hydravit.recycling.weight.any()
-    rows = json.loads((tmp_path / "results.json").read_text())
-    assert [row["macs"] for row in rows] == [model.config.count_macs(num_heads) for num_heads in (2, 4)]
-    assert "recycles tokens" in (tmp_path / "README.md").read_text()
+def test_a_trained_folder_serves_in_the_stock_pipeline(trained):
+    digits = load_digits()["test"].select(range(100))
+    classify = pipeline("image-classification", model=str(trained[0]), model_kwargs={"num_attention_heads": 3})
+    predictions = classify(list(digits["image"]), top_k=1)
+    assert sum(int(rows[0]["label"]) == label for rows, label in zip(predictions, digits["label"], strict=True)) > 20
 
 
+def test_a_run_that_resumes_from_its_middle_ends_with_the_same_weights(trained, tmp_path):
+    folder = tmp_path / "resumed"
+    shutil.copytree(trained[0], folder, ignore=shutil.ignore_patterns("*.safetensors", "checkpoint-24"))
+    shutil.copytree(trained[0] / "checkpoint-12", folder / "checkpoint-12", dirs_exist_ok=True)
+    assert "Resumed from" in train(folder, "--resume_from_checkpoint", "latest")
+    assert_equal_weights(trained[0], folder)
+    assert_equal_results(trained[0], folder)
+
+
+@pytest.mark.slow  # its fast sibling is the test above
 def test_a_run_that_is_killed_and_resumed_ends_with_the_weights_of_one_that_was_not(tmp_path):
-    checkpoints = ["--checkpointing_steps", "4", "--gradient_accumulation_steps", "2", "--augment"]
-    checkpoints += ["--mixup_alpha", "0.2", "--subnetwork_sampling", "sandwich", "--distillation_weight", "0.5"]
-    train(tmp_path / "whole", *checkpoints)
-    killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        command("train_accelerate.py", "--output_dir", killed, *TINY, *checkpoints),
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while not (killed / "checkpoint-12").exists():  # in the middle of the second epoch of 11 steps
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (killed / "model.safetensors").exists()
-    result = train(killed, *checkpoints, "--resume_from_checkpoint", "latest")
-    assert "Resumed from" in result.stdout
-    expected, found = (load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", killed))
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-    expected, found = (json.loads((folder / "results.json").read_text()) for folder in (tmp_path / "whole", killed))
-    for key in ("num_heads", "accuracy", "top5_accuracy", "loss"):
-        assert [row[key] for row in expected] == [row[key] for row in found]
+    options = [*TINY, "--checkpointing_steps", "4", "--gradient_accumulation_steps", "2", "--augment"]
+    options += ["--mixup_alpha", "0.2", "--subnetwork_sampling", "sandwich", "--distillation_weight", "0.5"]
+    whole, killed = (["--output_dir", tmp_path / name, *options] for name in ("whole", "killed"))
+    finish("train_accelerate.py", *whole)
+    # in the middle of the second epoch of 11 steps
+    kill_when_there_is(tmp_path / "killed" / "checkpoint-12", "train_accelerate.py", *killed)
+    assert not (tmp_path / "killed" / "model.safetensors").exists()
+    assert "Resumed from" in finish("train_accelerate.py", *killed, "--resume_from_checkpoint", "latest")
+    assert_equal_weights(tmp_path / "whole", tmp_path / "killed")
+    assert_equal_results(tmp_path / "whole", tmp_path / "killed")
 
 
 def test_a_folder_that_holds_another_run_is_left_alone(trained):
@@ -130,123 +146,159 @@ def test_a_folder_that_holds_another_run_is_left_alone(trained):
     result = run("train_accelerate.py", "--output_dir", folder, *TINY)
     assert result.returncode != 0
     assert "is not empty" in result.stderr.splitlines()[-1]
-    result = run(
-        "train_accelerate.py", "--output_dir", folder, *TINY, "--seed", 1, "--resume_from_checkpoint", "latest"
-    )
-    assert result.returncode != 0
-    assert "seed was '0' and is '1'" in result.stderr.splitlines()[-1]
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
 
 
+@pytest.mark.slow  # its fast siblings are the tests of `make_model` and of the steps of such a model
+def test_stages_that_recycle_tokens_are_trained_from_an_ordinary_checkpoint(trained, tmp_path):
+    train(tmp_path, "--model_name_or_path", trained[0], "--token_recycling", "--subnetwork_heads", 2, 4)
+    model = HydraViTForImageClassification.from_pretrained(tmp_path)
+    assert model.config.token_recycling and model.config.subnetwork_heads == [2, 4]
+    assert model.hydravit.recycling.weight.any()
+    rows = json.loads((tmp_path / "results.json").read_text())
+    counted = [model.config.count_macs(num_heads) for num_heads in (2, 4)]
+    assert [row["macs"] for row in rows] == pytest.approx(counted, rel=1e-3)
+    assert "recycles tokens" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.slow  # its fast siblings are the tests of `make_model`
 def test_training_starts_from_a_folder_of_images_and_a_stock_vit(trained, tmp_path):
-    folder, _ = trained
-    digits = load_digits()["train"]
-    for index in range(120):
-        file = tmp_path / "images" / str(digits[index]["label"]) / f"{index}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        digits[index]["image"].save(file)
-    HydraViTForImageClassification.from_pretrained(folder).to_vit(3).save_pretrained(tmp_path / "vit")
-    arguments = ["--data_dir", tmp_path / "images", "--from_vit", tmp_path / "vit", "--max_train_steps", 2]
-    train(tmp_path / "out", *arguments, "--per_device_train_batch_size", 16)
+    save_images(tmp_path / "images", 120)
+    HydraViTForImageClassification.from_pretrained(trained[0]).to_vit(3).save_pretrained(tmp_path / "vit")
+    options = ["--data_dir", tmp_path / "images", "--max_train_steps", 2, "--per_device_train_batch_size", 16]
+    train(tmp_path / "out", "--from_vit", tmp_path / "vit", *options)
     model = HydraViTForImageClassification.from_pretrained(tmp_path / "out")
     assert model.config.num_attention_heads == 4
     assert model.config.id2label == {index: str(index) for index in range(10)}
-    arguments[2:4] = ["--model_name_or_path", tmp_path / "out"]
-    train(
-        tmp_path / "again",
-        *arguments,
-        "--per_device_train_batch_size",
-        16,
-        "--separate_classifiers",
-        "--ignore_mismatched_sizes",
-    )
-    assert HydraViTForImageClassification.from_pretrained(tmp_path / "again").classifier.weight.shape[0] == 2
 
 
-def test_the_benchmark_of_forward_prints_a_row_for_each_width(tmp_path):
-    arguments = ["--batch_size", 1, "--heads", 1, 2, "--rounds", 1, "--device", "cpu", "--json", tmp_path / "rows.json"]
-    result = run("benchmark_forward.py", *arguments)
-    assert result.returncode == 0, result.stderr
-    rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [row["num_heads"] for row in rows] == [1, 2]
-    assert all(row["elastic_ms"] > 0 and row["stock_ms"] > 0 for row in rows)
-
-
-@pytest.mark.slow  # its fast sibling is test_a_narrow_load_reads_the_leading_rows_only
-@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the benchmark is for Linux")
-def test_the_benchmark_of_loading_prints_a_row_for_each_way():
-    result = run("benchmark_loading.py", "--rounds", 1)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("num_attention_heads=3") == 2
-
-
+@pytest.mark.slow  # its fast sibling is the test of streams of `make_datasets`
 def test_the_recipe_of_the_paper_streams_parquet_files_of_any_data_set(tmp_path):
-    digits = load_digits()
-    shards = tmp_path / "shards"
-    shards.mkdir()
-    for index in range(2):
-        digits["train"].shard(2, index).to_parquet(shards / f"train-{index:05d}-of-00002.parquet")
-    digits["test"].to_parquet(shards / "test-00000-of-00001.parquet")
-    sizes = ["--num_attention_heads", 4, "--num_hidden_layers", 1, "--image_size", 16, "--patch_size", 8]
-    run_options = ["--per_device_train_batch_size", 16, "--num_workers", 2, "--max_train_steps", 5]
-    options = ["--config", EXAMPLES / "imagenet1k.yaml", "--data_dir", shards, "--streaming", "--steps_per_epoch", 3]
-    result = run("train_accelerate.py", *options, *sizes, *run_options, "--output_dir", tmp_path / "run")
-    assert result.returncode == 0, result.stderr[-3000:]
+    save_shards(tmp_path / "shards")
+    options = ["--config", EXAMPLES / "imagenet1k.yaml", "--data_dir", tmp_path / "shards", "--streaming"]
+    options += [*SIZES, "--image_size", 16, "--patch_size", 8, "--num_workers", 2]
+    length = ["--steps_per_epoch", 3, "--max_train_steps", 5, "--per_device_train_batch_size", 16]
+    finish("train_accelerate.py", *options, *length, "--output_dir", tmp_path / "run")
     settings = json.loads((tmp_path / "run" / "run.json").read_text())
     assert settings["ema_decay"] == "0.99996" and settings["steps_per_epoch"] == "3"
     assert HydraViTForImageClassification.from_pretrained(tmp_path / "run").config.drop_path_rate == 0.1
     too_long = ["--steps_per_epoch", 30, "--max_train_steps", 30, "--per_device_train_batch_size", 64]
-    result = run(
-        "train_accelerate.py", *options, *sizes, *run_options, *too_long, "--output_dir", tmp_path / "too_long"
-    )
+    result = run("train_accelerate.py", *options, *too_long, "--output_dir", tmp_path / "too_long")
     assert result.returncode != 0
     assert "ValueError: The stream ended after 22 of 30 steps" in result.stderr
 
 
-def test_an_argument_that_no_one_knows_is_refused_in_a_configuration_file(tmp_path):
-    (tmp_path / "recipe.yaml").write_text("learning_rat: 0.1\n")
-    result = run("train_accelerate.py", "--config", tmp_path / "recipe.yaml")
-    assert result.returncode == 2
-    assert "learning_rat" in result.stderr.splitlines()[-1]
+# ---------------------------------------------------------------------------------------------------------------------
+# train_trainer.py
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_benchmark_of_profiles_compares_two_and_measures_a_choice_again():
-    result = run("benchmark_profile.py", "--heads", 1, 2, "--rounds", 1, "--budgets_ms", 1e9)
+@pytest.fixture(scope="module")
+def trained_by_trainer(tmp_path_factory):
+    """The output folder of a short run of `HydraViTTrainer`, and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "trainer"
+    saves = ["--save_strategy", "steps", "--save_steps", 12, "--ema_decay", 0.9]
+    return folder, finish("train_trainer.py", "--output_dir", folder, *TINY_TRAINER, *saves)
+
+
+def test_the_trainer_leaves_one_checkpoint_whose_card_is_true_at_every_width(trained_by_trainer):
+    folder, printed = trained_by_trainer
+    whole = HydraViTForImageClassification.from_pretrained(folder)
+    check_card(folder, whole, held_out_digits(folder), [3, 4])
+    rows = json.loads((folder / "results.json").read_text())
+    assert rows[-1]["accuracy"] > 0.3  # chance is 0.1
+    assert all(f"{row['latency_ms']:.2f} ms" in printed and f"{row['accuracy']:.2%}" in printed for row in rows)
+    text = (folder / "README.md").read_text()
+    assert "360 held-out images of the handwritten digits" in text
+    assert "python examples/train_trainer.py --output_dir" in text
+
+
+def test_a_trainer_that_resumes_from_its_middle_ends_with_the_same_weights(trained_by_trainer, tmp_path):
+    whole, folder = trained_by_trainer[0], tmp_path / "resumed"
+    folder.mkdir()
+    shutil.copytree(whole / "checkpoint-12", folder / "checkpoint-12")
+    shutil.copytree(whole / "checkpoint-24", folder / "checkpoint-24")
+    (folder / "checkpoint-24" / "trainer_state.json").unlink()  # as if it had been killed while saving
+    options = ["--save_strategy", "steps", "--save_steps", 12, "--ema_decay", 0.9, "--resume_from_checkpoint", "latest"]
+    finish("train_trainer.py", "--output_dir", folder, *TINY_TRAINER, *options)
+    assert_equal_weights(whole, folder)
+    assert_equal_results(whole, folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# finetune_trainer.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits_model(tmp_path_factory):
+    """A folder with a new model of the digits."""
+    folder = tmp_path_factory.mktemp("digits")
+    sizes = {"num_attention_heads": 4, "head_dim": 8, "num_hidden_layers": 1, "image_size": 8, "patch_size": 4}
+    config = HydraViTConfig(**sizes, num_labels=10)
+    HydraViTForImageClassification(config).save_pretrained(folder)
+    make_image_processor(config, image_mean=(0.25,) * 3, image_std=(0.5,) * 3).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finetuned(digits_model, tmp_path_factory):
+    """The options of a run on other labels at another image size, its folder, and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "odd"
+    options = [*FINETUNE, "--model_name_or_path", digits_model, "--image_size", 16]
+    options += ["--save_strategy", "steps", "--save_steps", 2, "--save_total_limit", 3]
+    return options, folder, finish("finetune_trainer.py", *options, "--output_dir", folder)
+
+
+def test_finetuning_leaves_other_labels_at_another_image_size_and_a_card(finetuned):
+    _, folder, printed = finetuned
+    model = HydraViTForImageClassification.from_pretrained(folder)
+    assert model.config.id2label == {0: "even", 1: "odd"}
+    assert model.config.image_size == 16
+    processor = AutoImageProcessor.from_pretrained(folder)
+    assert dict(processor.size) == {"height": 16, "width": 16}
+    assert list(processor.image_mean) == [0.25] * 3
+    test = load_digits()["test"].map(lambda label: {"label": label % 2}, input_columns="label")
+    check_card(folder, model, test.with_transform(to_pixel_values(processor)), [3, 4])
+    for row in json.loads((folder / "results.json").read_text()):
+        costs = f"{row['parameters'] / 1e6:.2f} M | {row['macs'] / 1e6:.1f} M |"
+        assert re.search(rf"\| +{row['num_heads']} \| +{re.escape(costs)} .* \| +{row['accuracy']:.2%} \|", printed)
+
+
+def test_finetuning_resumes_from_its_last_whole_checkpoint(finetuned, tmp_path):
+    options, whole, _ = finetuned
+    shutil.copytree(whole / "checkpoint-2", tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-3").mkdir()  # that of a run that was killed while saving
+    arguments = [*options, "--output_dir", tmp_path, "--resume_from_checkpoint", "latest"]
+    result = run("finetune_trainer.py", *arguments)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "1 heads: second median" in result.stdout and "budget 1e+09 ms: 2 heads, measured again" in result.stdout
+    assert "checkpoint-3' was not saved whole" in result.stderr
+    assert_equal_weights(whole, tmp_path)
 
 
-def test_the_benchmark_of_a_step_prints_a_row_for_each_optimizer():
-    result = run("benchmark_step.py", "--heads", 1, "--batch_size", 1, "--rounds", 1)
-    assert result.returncode == 0, result.stderr[-3000:]
-    rows = [line.split("|") for line in result.stdout.splitlines() if line.startswith("| 1 |")]
-    assert [row[2].strip() for row in rows] == ["stock ViT, AdamW", "HydraViT, AdamW", "HydraViT, PrefixAdamW"]
+def test_finetuning_starts_from_a_stock_vit_and_takes_the_labels_from_a_folder_of_images(digits_model, tmp_path):
+    for index in range(40):
+        file = tmp_path / "images" / ("dark" if index % 2 else "light") / f"{index}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 30), (50 + index, 60, 70)).save(file)
+    HydraViTForImageClassification.from_pretrained(digits_model).to_vit(3).save_pretrained(tmp_path / "vit")
+    options = ["--from_vit", tmp_path / "vit", "--num_attention_heads", 5, "--data_dir", tmp_path / "images"]
+    options += ["--eval_strategy", "no", "--save_strategy", "no", "--output_dir", tmp_path / "out"]
+    finish("finetune_trainer.py", *FINETUNE, *options)
+    model = HydraViTForImageClassification.from_pretrained(tmp_path / "out")
+    assert model.config.id2label == {0: "dark", 1: "light"}
+    assert (model.config.num_attention_heads, model.config.image_size) == (5, 8)
+    assert [row["num_heads"] for row in json.loads((tmp_path / "out" / "results.json").read_text())] == [3, 4, 5]
 
 
-def test_the_tables_of_the_width_study_are_those_of_its_measurements(tmp_path):
-    docs = EXAMPLES.parent / "docs"
-    shutil.copy(docs / "width_study.json", tmp_path)
-    result = run("width_study.py", "--report", "--output_dir", tmp_path)
-    assert result.returncode == 0, result.stderr[-3000:]
-    lines = [line for line in result.stdout.splitlines() if line.startswith("|")]
-    text = (docs / "training.md").read_text()
-    assert len(lines) > 30
-    assert all(line in text for line in lines)
-    with Image.open(tmp_path / "width_study.png") as plot:
-        assert plot.format == "PNG"
-
-
-def test_the_width_study_trains_what_it_says(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    study = importlib.import_module("width_study")
-    monkeypatch.setitem(study.DATA, "digits", (*study.DATA["digits"][:3], 1, 1e-3))
-    threads = torch.get_num_threads()
-    alone = [study.train("digits", seed=0, heads=[num_heads]) for num_heads in study.HEADS]
-    total = sum(run["macs"] for run in alone)
-    for name in ("MatFormer", "open sandwich, distilled"):
-        options = {"seed": 0, "heads": study.HEADS, **study.STRATEGIES[name]}
-        quarter = study.train("digits", share=0.25, **options)
-        assert quarter["macs"] == pytest.approx(total / 4, rel=0.05)
-        assert len(quarter["accuracy"]) == len(study.HEADS)
-        assert study.train("digits", **options)["steps"] == alone[0]["steps"] == 22
-    torch.set_num_threads(threads)
+def test_a_wrong_model_path_is_one_line_that_names_it(tmp_path):
+    options = [*FINETUNE, "--output_dir", tmp_path / "out"]
+    result = run("finetune_trainer.py", *options, "--model_name_or_path", tmp_path / "nowhere")
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith(f"There is no model to start from at '{tmp_path / 'nowhere'}'. ")
+    assert not (tmp_path / "out").exists()
+    result = run("finetune_trainer.py", *options, cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("There is no 'runs/digits' yet: run examples/train_accelerate.py")

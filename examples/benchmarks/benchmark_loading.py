@@ -41,10 +41,10 @@ COLUMNS = {
 }
 
 
-def load(folder: Path, way: str) -> dict:
+def load(folder: Path, way: str, config: HydraViTConfig) -> dict:
     """Load and run once, in this process."""
     name, model_class, keywords = WAYS[way]
-    images, models, process = torch.randn(1, 3, 224, 224), [], psutil.Process()
+    images, models, process = torch.randn(1, 3, config.image_size, config.image_size), [], psutil.Process()
     memory, read = process.memory_info().rss, process.io_counters().read_bytes
     elapsed = milliseconds(lambda: models.append(model_class.from_pretrained(folder / name, **keywords)))
     read = process.io_counters().read_bytes - read
@@ -53,28 +53,28 @@ def load(folder: Path, way: str) -> dict:
     return {"ms": elapsed, "memory_mb": (process.memory_info().rss - memory) / 1e6, "read_mb": read / 1e6}
 
 
-def run(folder: Path, way: str, cache: str) -> dict:
+def run(folder: Path, way: str, cache: str, config: dict) -> dict:
     """Load in a process of its own."""
     for file in folder.rglob("*.safetensors") if cache == "cold" else ():
         with open(file, "rb") as weights:
             os.posix_fadvise(weights.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    command = [sys.executable, __file__, "--folder", str(folder), "--way", way]
+    command = [sys.executable, __file__, "--folder", str(folder), "--way", way, "--config", json.dumps(config)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout)
 
 
-def measure(folder: Path, rounds: int):
+def measure(folder: Path, config: dict, caches: list[str], rounds: int):
     """Make both checkpoints, load them in turn, and print the medians."""
-    model = HydraViTForImageClassification(HydraViTConfig())
+    model = HydraViTForImageClassification(HydraViTConfig(**config))
     model.save_pretrained(folder / "hydravit12")
     model.to_vit(3).save_pretrained(folder / "vit3")
     os.sync()
     file_mb = (folder / "hydravit12" / "model.safetensors").stat().st_size / 1e6
     rows = []
-    for cache in ("warm", "cold"):
+    for cache in caches:
         records = {way: [] for way in WAYS}
         for turn in range(-1, rounds):  # the first one warms up
             for way in WAYS:
-                records[way] += [run(folder, way, cache)] * (turn >= 0)
+                records[way] += [run(folder, way, cache, config)] * (turn >= 0)
         medians = {
             way: {key: statistics.median(record[key] for record in runs) for key in runs[0]}
             for way, runs in records.items()
@@ -89,11 +89,13 @@ def measure(folder: Path, rounds: int):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--cache", nargs="+", choices=["warm", "cold"], default=["warm", "cold"])
+    parser.add_argument("--config", type=json.loads, default={}, help="arguments of HydraViTConfig, JSON")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--way", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.way:
-        print(json.dumps(load(args.folder, args.way)))
+        print(json.dumps(load(args.folder, args.way, HydraViTConfig(**args.config))))
     else:
         with tempfile.TemporaryDirectory(dir=".") as temporary:  # not in /tmp, which may be memory
-            measure(Path(temporary), args.rounds)
+            measure(Path(temporary), args.config, args.cache, args.rounds)

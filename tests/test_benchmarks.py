@@ -1,0 +1,291 @@
+"""Benchmarks and studies measure what they say, in turns, and their results are those that the docs show."""
+
+import importlib
+import json
+import os
+import re
+import runpy
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+
+import pytest
+import torch
+from PIL import Image
+from support.scripts import EXAMPLES, finish
+from support.training import make_model
+
+from hydravit_hf import HydraViTConfig, make_image_processor
+
+BENCHMARKS = EXAMPLES / "benchmarks"
+DOCS = EXAMPLES.parent / "docs"
+TINY = ["--config", '{"num_hidden_layers": 1, "image_size": 32}']
+
+
+@pytest.fixture
+def load_module(monkeypatch):
+    """Imports a file of the benchmarks, as its neighbours do."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    threads = torch.get_num_threads()
+    yield importlib.import_module
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run_here(load_module, monkeypatch, capsys):
+    """Runs a script of the benchmarks in this process, which saves the imports. Returns what it printed."""
+
+    def run_here(script: str, *arguments) -> str:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        runpy.run_path(str(BENCHMARKS / script), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_here
+
+
+def table_of(printed: str) -> list[list[str]]:
+    """The cells of the tables that a script has printed, without their rulers."""
+    lines = [line for line in printed.splitlines() if line.startswith("|") and "---" not in line]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+# --- What they share ---
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_calls_take_turns_and_the_rounds_that_warm_up_do_not_count(load_module, shuffle):
+    timing, called, ticks = load_module("timing"), [], iter(range(100))
+    calls = {name: lambda name=name: called.append(name) for name in "abc"}
+    times = timing.time_rounds(calls, 4, warmup=2, clock=lambda: next(ticks) / 1e3, shuffle=shuffle, desc=None)
+    rounds = ["".join(called[start : start + 3]) for start in range(0, 18, 3)]
+    assert all(sorted(order) == ["a", "b", "c"] for order in rounds) and len(set(rounds)) > 1
+    assert shuffle or set(rounds) == {"abc", "cba"}
+    assert times == {name: pytest.approx([1.0] * 4) for name in "abc"}
+
+
+def test_a_ratio_is_the_median_of_the_ratios_within_the_rounds(load_module):
+    assert load_module("timing").median_ratio([2.0, 30.0, 8.0], [1.0, 10.0, 2.0]) == 3.0
+
+
+def test_a_table_is_aligned_and_leaves_missing_cells_empty(load_module):
+    rows = [{"way": "a", "ms": 1.234}, {"way": "longer", "more": 1}]
+    text = load_module("timing").format_rows(rows, {"way": ("way", ""), "ms": ("time, ms", ".1f")})
+    assert text.splitlines() == [
+        "|    way | time, ms |",
+        "| -----: | -------: |",
+        "|      a |      1.2 |",
+        "| longer |          |",
+    ]
+
+
+def test_rows_are_added_to_a_file_one_a_line(load_module, tmp_path):
+    timing, file = load_module("timing"), tmp_path / "new" / "rows.jsonl"
+    assert timing.read_rows(file) == []
+    timing.append_rows(file, [{"a": 0.1}])
+    timing.append_rows(file, [{"a": 1e-9}, {"b": [1, None]}])
+    assert timing.read_rows(file) == [{"a": 0.1}, {"a": 1e-9}, {"b": [1, None]}]
+    assert len(file.read_text().splitlines()) == 3
+    timing.write_rows(file, [{"c": 1}])
+    assert timing.read_rows(file) == [{"c": 1}]
+
+
+# --- Benchmarks ---
+
+
+def test_the_benchmark_of_forward_prints_a_row_for_each_width(run_here, tmp_path):
+    options = ["--batch_size", 1, "--heads", 3, 4, "--rounds", 1, "--device", "cpu", *TINY]
+    printed = run_here("benchmark_forward.py", *options, "--json", tmp_path / "rows.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["num_heads"] for row in rows] == [3, 4]
+    assert all(row["elastic_ms"] > 0 and row["stock_ms"] > 0 for row in rows)
+    assert [cells[2] for cells in table_of(printed)] == ["heads", "3", "4"]
+
+
+def test_the_benchmark_of_a_step_prints_a_row_for_each_optimizer(run_here):
+    printed = run_here("benchmark_step.py", "--heads", 3, "--batch_size", 1, "--rounds", 1, *TINY)
+    rows = table_of(printed)[1:]
+    assert [row[1] for row in rows] == ["stock ViT, AdamW", "HydraViT, AdamW", "HydraViT, PrefixAdamW"]
+
+
+@pytest.mark.parametrize("option", [None, "--token_recycling"])
+def test_the_benchmark_of_cascades_prints_a_row_for_each_share(run_here, option):
+    options = ["--heads", 3, 4, "--batch_size", 4, "--rounds", 1, *TINY, *([option] if option else [])]
+    printed = run_here("benchmark_cascade.py", *options)
+    assert [row[0] for row in table_of(printed)] == ["stop early", "50%", "80%"]
+
+
+@pytest.mark.slow  # its fast sibling is the test above
+def test_the_benchmark_of_cascades_runs_exported_files_too():
+    for package in ("onnxruntime", "onnxscript"):
+        pytest.importorskip(package)
+    options = ["--heads", 3, 4, "--batch_size", 4, "--rounds", 1, "--shares", 0.5, "--onnx", *TINY]
+    printed = finish("benchmarks/benchmark_cascade.py", *options)
+    assert [row[0] for row in table_of(printed)] == ["stop early", "50%"]
+
+
+def test_the_benchmark_of_profiles_compares_two_and_measures_a_choice_again(run_here):
+    printed = run_here("benchmark_profile.py", "--heads", 3, 4, "--rounds", 1, "--budgets_ms", 1e9, *TINY)
+    assert "3 heads: second median" in printed and "budget 1e+09 ms: 4 heads, measured again" in printed
+
+
+@pytest.mark.slow  # its fast sibling is test_a_narrow_load_reads_the_leading_rows_only
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the benchmark is for Linux")
+def test_the_benchmark_of_loading_prints_a_row_for_each_way():
+    rows = table_of(finish("benchmarks/benchmark_loading.py", "--rounds", 1, "--cache", "cold", *TINY))
+    assert [row[0] for row in rows] == ["cache", "cold", "cold", "cold"]
+    assert rows[1][1] == "ordinary 3-head ViT" and rows[1][3] == "1.00"
+
+
+@pytest.mark.slow  # its fast siblings are the tests of the exports
+def test_the_benchmark_of_exports_compares_three_ways_to_keep_the_widths(tmp_path):
+    for package in ("onnxruntime", "onnxscript"):
+        pytest.importorskip(package)
+    options = ["--heads", 3, 4, "--batch_size", 1, "--rounds", 1, "--loads", 1, "--clock", "cpu", *TINY]
+    printed = finish("benchmarks/benchmark_export.py", *options, "--json", tmp_path / "rows.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert sum("bytes" in row for row in rows) == 4
+    ways = ("own file", "width as input", "shared weights")
+    for key in ("load_ms", "difference"):
+        found = [(row["num_heads"], row["way"]) for row in rows if key in row]
+        assert sorted(found) == sorted(product((3, 4), ways))
+    assert all(row["difference"] < 1e-4 for row in rows if "difference" in row)
+    assert len(table_of(printed)) == 3 + len(rows)
+
+
+@pytest.mark.slow  # it is the whole of its kind: each way has fast tests of its own
+def test_the_benchmark_of_runtimes_prints_a_row_for_each_way(tmp_path):
+    for package in ("onnxruntime", "onnxscript"):
+        pytest.importorskip(package)
+    make_model().save_pretrained(tmp_path)
+    make_image_processor(make_model().config).save_pretrained(tmp_path)
+    options = ["--checkpoint", tmp_path, "--heads", 3, "--batch_size", 1, "--rounds", 1]
+    options += ["--ways", "elastic", "extracted", "ONNX Runtime", "--json", tmp_path / "rows.jsonl"]
+    finish("benchmarks/benchmark_runtimes.py", *options, "--plot", tmp_path / "plot.png")
+    *rows, switch = (json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines())
+    assert [row["way"] for row in rows] == ["stock ViT", "elastic", "extracted", "ONNX Runtime"]
+    assert all(row["agreement"] == 1 and row["latency_ms"] > 0 for row in rows)
+    assert switch["switch_ratio"] > 0
+    with Image.open(tmp_path / "plot.png") as plot:
+        assert plot.format == "PNG"
+
+
+def test_the_results_of_the_runtimes_have_a_row_for_each_way_and_width():
+    rows = [json.loads(line) for line in (BENCHMARKS / "results" / "runtimes.jsonl").read_text().splitlines()]
+    keys = [(row["num_heads"], row["way"], row["batch_size"]) for row in rows if "num_heads" in row]
+    assert sorted(keys) == sorted(product(*map(set, zip(*keys, strict=True))))
+    assert all(row["ratio"] == 1 for row in rows if row["way"] == "stock ViT")
+
+
+# --- Studies ---
+
+
+def test_the_tables_of_the_width_study_are_those_of_its_results(run_here, tmp_path):
+    printed = run_here("width_study.py", "--report", "--plot", tmp_path / "plot.png")
+    lines = [line for line in printed.splitlines() if line.startswith("|")]
+    text = (DOCS / "training.md").read_text(encoding="utf-8")
+    assert len(lines) > 30
+    assert all(line in text for line in lines)
+    with Image.open(tmp_path / "plot.png") as plot:
+        assert plot.format == "PNG"
+
+
+def test_the_width_study_trains_what_it_says(load_module, monkeypatch):
+    study = load_module("width_study")
+    monkeypatch.setattr(study, "HEADS", [3, 12])
+    monkeypatch.setitem(study.DATA, "digits", (*study.DATA["digits"][:3], 1, 1e-3))
+    alone = [study.train("digits", seed=0, heads=[num_heads]) for num_heads in study.HEADS]
+    total = sum(run["macs"] for run in alone)
+    for name in ("MatFormer", "open sandwich, distilled"):
+        options = {"seed": 0, "heads": study.HEADS, **study.STRATEGIES[name]}
+        quarter = study.train("digits", share=0.25, **options)
+        assert 0.9 * total / 4 < quarter["macs"] <= total / 4
+        assert len(quarter["accuracy"]) == len(study.HEADS)
+        assert study.train("digits", **options)["steps"] == alone[0]["steps"] == 22
+
+
+def test_the_width_study_goes_on_where_its_file_of_results_ends(load_module, monkeypatch, tmp_path):
+    study, file = load_module("width_study"), tmp_path / "results.jsonl"
+    shutil.copy(BENCHMARKS / "results" / "width_study.jsonl", file)
+    first, *others = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(others))
+    jobs = study.make_jobs(seeds=3)
+    name = json.loads(first)["run"]
+    assert jobs.keys() - study.load_results(file).keys() == {name}
+    monkeypatch.setattr(study, "make_jobs", lambda seeds: {name: {"data": "digits", "seed": 0, "heads": [3]}})
+    monkeypatch.setattr(study, "ProcessPoolExecutor", OneProcess)
+    monkeypatch.setattr(study, "train", lambda **job: {"accuracy": [0.5], "steps": 1, "macs": 2})
+    assert study.measure(3, 1, file)[name] == {"accuracy": [0.5], "steps": 1, "macs": 2}
+    assert study.load_results(file).keys() == jobs.keys()
+    assert file.read_text().startswith("".join(others))
+
+
+class OneProcess:
+    """Stands for a pool of processes."""
+
+    def __init__(self, *args, **kwargs):
+        self.pool = ThreadPoolExecutor(1)
+
+    def __enter__(self):
+        return self.pool
+
+    def __exit__(self, *args):
+        self.pool.shutdown()
+
+
+def test_the_tables_of_the_cascade_study_are_those_of_its_results(run_here, tmp_path):
+    printed = run_here("cascade_study.py", "--report", "--plot", tmp_path / "plot.png")
+    lines = [line for line in printed.splitlines() if line.startswith("| ")]
+    for method in ("3, 6, 12 heads", "3, 6, 12 heads, all stages"):
+        cascades = [line.split(" | ") for line in lines if line.startswith(f"| cascade {method} |")]
+        assert len(cascades) >= 10 and all(float(cells[4]) > 0 for cells in cascades)
+    with Image.open(tmp_path / "plot.png") as plot:
+        assert plot.format == "PNG"
+    text = (DOCS / "cascade.md").read_text(encoding="utf-8")
+    shown = [line for line in text.splitlines() if re.match(r"\| (cascade )?\d.* heads.* \| \d", line)]
+    assert len(shown) > 60 and set(shown) <= set(lines)
+
+
+def test_the_cascade_study_trains_what_it_says(load_module, monkeypatch, tmp_path):
+    study = load_module("cascade_study")
+    monkeypatch.setattr(study, "STEPS", {"digits": 3})
+    for training, (heads, recycling) in {
+        "any width": (list(range(3, 13)), False),
+        "all stages": ([3, 6, 12], False),
+        "recycling": ([3, 6, 12], True),
+        "recycling, equal compute": ([3, 6, 12], True),
+    }.items():
+        folder = study.train("digits", 0, training, tmp_path)
+        config = HydraViTConfig.from_pretrained(folder)
+        assert (config.subnetwork_heads, config.token_recycling) == (heads, recycling)
+    assert [len(part) for part in study.split("digits", 0)] == [1078, 359, 360]
+
+
+@pytest.mark.slow  # its fast siblings are the test above and the tests of fit_cascade
+def test_the_cascade_study_measures_each_width_and_each_cascade(load_module, monkeypatch, tmp_path):
+    study = load_module("cascade_study")
+    cascades = {name: study.CASCADES[name] for name in ("3, 12 heads", "3, 6, 12 heads, recycling")}
+    for name, value in {"STEPS": {"digits": 3}, "ROUNDS": 1, "BUDGETS": 1, "CASCADES": cascades}.items():
+        monkeypatch.setattr(study, name, value)
+    folders = {name: study.train("digits", 0, name, tmp_path) for name in ("any width", "all stages", "recycling")}
+    parts = [study.Tensors(*part[:40].values()) for part in study.split("digits", 0)]
+    monkeypatch.setattr(study, "split", lambda data, seed: parts)
+    rows = study.measure("digits", 0, folders)
+    assert all(row["ms"] > 0 and (row["data"], row["seed"]) == ("digits", 0) for row in rows)
+    assert {row["method"] for row in rows if "goal" in row} == set(cascades)
+    assert len([row for row in rows if row["method"] == "one width, any width"]) == 10
+    assert json.loads(json.dumps(rows)) == rows
+
+
+# --- The soak test ---
+
+
+def test_calls_at_mixed_widths_are_right_and_leave_no_memory_behind():
+    printed = finish("benchmarks/soak.py", "--calls", 2000)
+    assert "\n    2,000 calls" in printed
+    assert "\n0 wrong answers" in printed
+
+
+def test_memory_that_grows_is_a_failure(load_module):
+    with pytest.raises(SystemExit, match=r"the memory may grow by -1000\.0 MB"):
+        load_module("soak").main(["--calls", "40", "--max_growth_mb", "-1000"])
