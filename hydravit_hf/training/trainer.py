@@ -145,8 +145,16 @@ class HydraViTTrainer(AveragingTrainer):
         with Preemption() as self.preemption:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.is_preempted:
+            self._leave_processes()
             raise SystemExit(0)
         return output
+
+    def _leave_processes(self):
+        """End the process group with all that holds it. The threads of gloo can abort a process that ends before."""
+        self.accelerator.wait_for_everyone()
+        self.model_wrapped = self.model
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
 
     def _describe_run(self) -> tuple[dict, dict]:
         """The settings that a resumed run must share, and those that only change its batches."""
