@@ -51,13 +51,18 @@ def finish(process: subprocess.Popen):
     assert process.returncode == 0, err[-4000:]
 
 
-def kill_after(process: subprocess.Popen, file: Path):
-    """kill -9 all processes of a run once a file is there."""
+def wait_for(process: subprocess.Popen, file: Path):
+    """Wait until a run has written a file."""
     deadline = time.monotonic() + 200
     while not file.exists():
         assert process.poll() is None, process.communicate()[1][-4000:]
         assert time.monotonic() < deadline
         time.sleep(0.002)
+
+
+def kill_after(process: subprocess.Popen, file: Path):
+    """kill -9 all processes of a run once a file is there."""
+    wait_for(process, file)
     running = [process, *psutil.Process(process.pid).children(recursive=True)]  # the launcher first
     for one in running:
         one.send_signal(signal.SIGKILL)
@@ -160,23 +165,29 @@ def test_a_trainer_that_is_killed_and_resumed_ends_with_the_weights_of_one_that_
     assert not (tmp_path / "killed" / "figures.json").exists()
     for options in (whole, killed | {"resume": True}):
         trainer_process.train(**options)
-    check_resumed(tmp_path)
+    check_resumed(tmp_path, "killed")
 
 
 @pytest.mark.slow
-def test_two_processes_that_are_killed_and_resumed_end_with_the_weights_of_some_that_were_not(tmp_path):
-    whole, killed = ({"output_dir": str(tmp_path / name), **KILLED} for name in ("whole", "killed"))
+def test_two_processes_that_are_killed_or_preempted_and_resumed_end_with_the_weights_of_some_that_were_not(tmp_path):
+    names = ("whole", "killed", "preempted")
+    whole, killed, preempted = ({"output_dir": str(tmp_path / name), **KILLED} for name in names)
     kill_after(start_training(killed, processes=2), tmp_path / "killed" / "checkpoint-8")
-    assert not (tmp_path / "killed" / "figures.json").exists()
-    finish(start_training(whole, killed | {"resume": True}, processes=2))
-    check_resumed(tmp_path)
+    launched = start_training(preempted, processes=2)
+    wait_for(launched, tmp_path / "preempted" / "checkpoint-4")
+    psutil.Process(launched.pid).children()[1].send_signal(signal.SIGTERM)  # one of the two tells the other
+    finish(launched)
+    assert not list(tmp_path.glob("*/figures.json"))
+    finish(start_training(whole, killed | {"resume": True}, preempted | {"resume": True}, processes=2))
+    for name in names[1:]:
+        check_resumed(tmp_path, name)
 
 
-def check_resumed(folder: Path):
-    """Check that a run that was killed as its checkpoint's folder appeared ended as the whole one."""
-    assert_equal(weights_in(folder / "killed"), weights_in(folder / "whole"))
-    assert figures_of(folder / "killed")["losses"] == figures_of(folder / "whole")["losses"]
-    loaded = HydraViTForImageClassification.from_pretrained(folder / "killed", num_attention_heads=2)
+def check_resumed(folder: Path, name: str):
+    """Check that a run that did not end by itself, and was resumed, has ended as the whole one."""
+    assert_equal(weights_in(folder / name), weights_in(folder / "whole"))
+    assert figures_of(folder / name)["losses"] == figures_of(folder / "whole")["losses"]
+    loaded = HydraViTForImageClassification.from_pretrained(folder / name, num_attention_heads=2)
     assert loaded.config.num_attention_heads == 2
 
 
