@@ -1,18 +1,11 @@
 """A cascade is fitted to a goal, and gives on new images what it was fitted for."""
 
-import importlib
 import json
 import math
-import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
@@ -25,8 +18,6 @@ from hydravit_hf.model.configuration_hydravit import CRITERIA
 HEADS = [1, 3, 6]
 INFINITY = math.inf
 SETTINGS = {"num_heads": HEADS, "thresholds": [1.5, INFINITY], "criterion": "margin", "temperatures": [0.5, 1.0, 2.0]}
-
-
 QUIET = {"disable_tqdm": True}
 
 
@@ -226,60 +217,3 @@ def test_saving_settings_that_the_model_does_not_hold_changes_nothing(model, tmp
     assert HydraViTConfig.from_pretrained(folder).cascade["thresholds"] == [INFINITY]
     with pytest.raises(FileNotFoundError):
         save_cascade(folder / "nowhere", dict(SETTINGS))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The examples
-# ---------------------------------------------------------------------------------------------------------------------
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-def run_example(*arguments) -> list[str]:
-    """The lines of the tables that it prints."""
-    command = [sys.executable, str(EXAMPLES / arguments[0]), *map(str, arguments[1:])]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return [line for line in result.stdout.splitlines() if line.startswith("| ")]
-
-
-@pytest.mark.parametrize("option", [None, "--token_recycling", "--onnx"])
-def test_the_benchmark_prints_a_row_for_each_share(option):
-    if option == "--onnx":
-        for package in ("onnxruntime", "onnxscript"):
-            pytest.importorskip(package)
-    options = [option] if option else []
-    lines = run_example("benchmark_cascade.py", "--heads", 1, 2, "--batch_size", 4, "--rounds", 1, *options)
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| 50%", "| 80%"]
-
-
-def test_the_tables_of_the_study_are_those_of_its_measurements(tmp_path):
-    shutil.copy(EXAMPLES.parent / "docs" / "cascade_study.json", tmp_path)
-    lines = run_example("cascade_study.py", "--report", "--output_dir", tmp_path)
-    for method in ("3, 6, 12 heads", "3, 6, 12 heads, all stages"):
-        cascades = [line.split(" | ") for line in lines if line.startswith(f"| cascade {method} |")]
-        assert len(cascades) >= 10 and all(float(cells[4]) > 0 for cells in cascades)
-    with Image.open(tmp_path / "cascade_study.png") as plot:
-        assert plot.format == "PNG"
-    text = (EXAMPLES.parent / "docs" / "cascade.md").read_text(encoding="utf-8")
-    shown = [line for line in text.splitlines() if re.match(r"\| (cascade )?\d.* heads.* \| \d", line)]
-    assert len(shown) > 60 and set(shown) <= set(lines)
-
-
-def test_the_study_trains_what_it_says(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    study = importlib.import_module("cascade_study")
-    monkeypatch.setattr(study, "STEPS", {"digits": 3})
-    threads = torch.get_num_threads()
-    for training, (heads, recycling) in {
-        "any width": (list(range(3, 13)), False),
-        "all stages": ([3, 6, 12], False),
-        "recycling": ([3, 6, 12], True),
-        "recycling, equal compute": ([3, 6, 12], True),
-    }.items():
-        folder = study.train("digits", 0, training, tmp_path)
-        config = HydraViTConfig.from_pretrained(folder)
-        assert (config.subnetwork_heads, config.token_recycling) == (heads, recycling)
-    torch.set_num_threads(threads)
-    parts = study.split("digits", 0)
-    assert [len(part) for part in parts] == [1078, 359, 360]
