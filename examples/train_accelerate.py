@@ -13,7 +13,6 @@ the script saves the averaged weights as one checkpoint, and loads it anew at ev
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 import yaml
@@ -26,26 +25,17 @@ from transformers import default_data_collator, get_cosine_with_min_lr_schedule_
 from transformers.utils import logging
 
 from hydravit_hf import HydraViTForImageClassification, evaluate_subnetworks, profile_subnetworks
-from hydravit_hf.data import check_labels
 from hydravit_hf.hub import push_checkpoint
 from hydravit_hf.model_card import save_model_card
 from hydravit_hf.reporting import format_table
-from hydravit_hf.training import arguments
+from hydravit_hf.training import arguments, runs
 from hydravit_hf.training.augmentation import mix_images
 from hydravit_hf.training.averaging import AveragedWeights
 from hydravit_hf.training.optimizer import PrefixAdamW, parameter_groups
-from hydravit_hf.training.runs import (
-    Preemption,
-    checkpoint_step,
-    list_checkpoints,
-    open_data,
-    open_run,
-    save_checkpoint,
-)
 from hydravit_hf.training.steps import SubnetworkTrainingArguments, backward_widths
 
 
-def main(preemption: Preemption):
+def main(preemption: runs.Preemption):
     # 1. The arguments, and the run: its folder, its processes, its seed
     classes = (arguments.DataArguments, arguments.ModelArguments, arguments.AugmentationArguments)
     classes += (SubnetworkTrainingArguments, arguments.LoopArguments, arguments.RunArguments)
@@ -68,7 +58,7 @@ def main(preemption: Preemption):
     if accelerator.is_main_process:
         if run.push_to_hub:  # first, because it fails without a token
             repo_id = HfApi().create_repo(model_id, exist_ok=True).repo_id
-        open_run(run.output_dir, settings, run.resume_from_checkpoint is not None, run.overwrite_output_dir)
+        runs.open_run(run.output_dir, settings, run.is_resumed, run.overwrite_output_dir)
     accelerator.wait_for_everyone()
     if run.with_tracking:
         accelerator.init_trackers("hydravit", config=settings)
@@ -80,13 +70,11 @@ def main(preemption: Preemption):
         data = data_args.load()
     model, processor = arguments.make_model(data_args, model_args, data["train"].features["label"].names)
     config = model.config
-    if not data_args.streaming:
-        check_labels(data["train"], config.num_labels)
     train_images, test_images = arguments.make_datasets(
         data, processor, augmentation, loop.seed, accelerator.process_index, accelerator.num_processes
     )
     if accelerator.is_main_process:
-        open_data(run.output_dir, train_images, run.resume_from_checkpoint is not None)
+        runs.open_data(run.output_dir, train_images, run.is_resumed)
     train_loader = DataLoader(
         train_images,
         batch_size=loop.per_device_train_batch_size,
@@ -120,12 +108,10 @@ def main(preemption: Preemption):
     average = AveragedWeights(plain_model, widths.ema_decay) if widths.ema_decay else None
     accelerator.register_for_checkpointing(scheduler, *filter(None, [average]))
     checkpointing_steps = steps_per_epoch if run.checkpointing_steps == "epoch" else int(run.checkpointing_steps or 0)
-    step, checkpoint = 0, run.resume_from_checkpoint
-    if checkpoint == "latest":  # a run that stopped before its first checkpoint starts anew
-        checkpoint = (list_checkpoints(run.output_dir) or [None])[-1]
-    if checkpoint is not None:
+    step = 0
+    if checkpoint := run.find_checkpoint():
         accelerator.load_state(str(checkpoint))
-        step = checkpoint_step(Path(checkpoint))
+        step = runs.checkpoint_step(checkpoint)
         accelerator.print(f"Resumed from {checkpoint}")
 
     # 4. Train the widths of each step
@@ -168,10 +154,10 @@ def main(preemption: Preemption):
                 loss = accelerator.reduce(loss, "mean").item()
                 progress.set_postfix(loss=f"{loss:.3f}", heads=heads)
                 accelerator.log({"loss": loss, "learning_rate": scheduler.get_last_lr()[0]}, step=step)
-            if checkpointing_steps and step % checkpointing_steps == 0:
-                save_checkpoint(accelerator, run.output_dir, step, keep=run.checkpoints_total_limit)
-            if preemption.is_near(accelerator):  # SIGTERM: the cluster will end this process soon
-                save_checkpoint(accelerator, run.output_dir, step, keep=run.checkpoints_total_limit)
+            ends_soon = preemption.is_near(accelerator)  # SIGTERM announces the end of this process
+            if ends_soon or (checkpointing_steps and step % checkpointing_steps == 0):
+                runs.save_checkpoint(accelerator, run.output_dir, step, keep=run.checkpoints_total_limit)
+            if ends_soon:
                 model, optimizer = accelerator.free_memory(model, optimizer)
                 accelerator.end_training()
                 sys.exit(0)
@@ -217,5 +203,5 @@ def main(preemption: Preemption):
 
 
 if __name__ == "__main__":
-    with Preemption() as noted:
-        main(noted)
+    with runs.Preemption() as preemption:
+        main(preemption)

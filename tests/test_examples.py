@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from support.cards import check_card
-from support.scripts import EXAMPLES, finish, kill_when_there_is, run
+from support.scripts import EXAMPLES, finish, run, stop_when_there_is
 from transformers import AutoImageProcessor, pipeline
 
 from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, make_image_processor
@@ -127,17 +128,19 @@ def test_a_run_that_resumes_from_its_middle_ends_with_the_same_weights(trained, 
 
 
 @pytest.mark.slow  # its fast sibling is the test above
-def test_a_run_that_is_killed_and_resumed_ends_with_the_weights_of_one_that_was_not(tmp_path):
+def test_a_run_that_is_killed_or_told_to_end_and_resumed_has_the_weights_of_one_that_was_not(tmp_path):
     options = [*TINY, "--checkpointing_steps", "4", "--gradient_accumulation_steps", "2", "--augment"]
     options += ["--mixup_alpha", "0.2", "--subnetwork_sampling", "sandwich", "--distillation_weight", "0.5"]
-    whole, killed = (["--output_dir", tmp_path / name, *options] for name in ("whole", "killed"))
-    finish("train_accelerate.py", *whole)
-    # in the middle of the second epoch of 11 steps
-    kill_when_there_is(tmp_path / "killed" / "checkpoint-12", "train_accelerate.py", *killed)
-    assert not (tmp_path / "killed" / "model.safetensors").exists()
-    assert "Resumed from" in finish("train_accelerate.py", *killed, "--resume_from_checkpoint", "latest")
-    assert_equal_weights(tmp_path / "whole", tmp_path / "killed")
-    assert_equal_results(tmp_path / "whole", tmp_path / "killed")
+    finish("train_accelerate.py", "--output_dir", tmp_path / "whole", *options)
+    for sent, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 0)):
+        folder = tmp_path / sent.name
+        stopped = ["train_accelerate.py", "--output_dir", folder, *options]
+        # in the middle of the second epoch of 11 steps
+        assert stop_when_there_is(folder / "checkpoint-12", *stopped, sent=sent) == code
+        assert not (folder / "model.safetensors").exists()
+        assert "Resumed from" in finish(*stopped, "--resume_from_checkpoint", "latest")
+        assert_equal_weights(tmp_path / "whole", folder)
+        assert_equal_results(tmp_path / "whole", folder)
 
 
 def test_a_folder_that_holds_another_run_is_left_alone(trained):

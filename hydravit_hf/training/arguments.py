@@ -24,7 +24,7 @@ from ..model.configuration_hydravit import HydraViTConfig
 from ..model.modeling_hydravit import HydraViTForImageClassification
 from ..reporting import format_table
 from .augmentation import StreamedTrainingImages, TrainingAugmentation, TrainingImages
-from .runs import last_whole_checkpoint
+from .runs import last_whole_checkpoint, list_checkpoints
 
 DIGITS = {"image_size": 8, "patch_size": 4, "num_hidden_layers": 3}  # a small model for small images
 SHUFFLE_BUFFER = 10_000  # images of a stream that wait to be drawn
@@ -60,13 +60,16 @@ class DataArguments:
         return self.dataset_name is None and self.data_dir is None
 
     def load(self):
-        """Load the images as train and test splits; see `hydravit_hf.data.load_images`."""
-        from ..data import load_images
+        """Load the images as train and test splits, and check the labels; see `hydravit_hf.data.load_images`."""
+        from ..data import check_labels, load_images
 
         columns = {"image_column": self.image_column, "label_column": self.label_column}
         splits = {"train_split": self.train_split, "test_split": self.test_split}
         options = {"streaming": self.streaming} | ({} if self.config_name is None else {"name": self.config_name})
-        return load_images(self.dataset_name, self.data_dir, **columns, **splits, **options)
+        data = load_images(self.dataset_name, self.data_dir, **columns, **splits, **options)
+        if not self.streaming:
+            check_labels(data["train"], data["train"].features["label"].num_classes)
+        return data
 
 
 @dataclass
@@ -156,6 +159,16 @@ class RunArguments:
     def __post_init__(self):
         if self.checkpointing_steps not in (None, "epoch") and not str(self.checkpointing_steps).isdigit():
             raise ValueError("--checkpointing_steps must be a number or 'epoch'")
+
+    @property
+    def is_resumed(self) -> bool:
+        return self.resume_from_checkpoint is not None
+
+    def find_checkpoint(self) -> Path | None:
+        """The checkpoint to resume from. A run that stopped before its first one has none, and starts anew."""
+        if self.resume_from_checkpoint != "latest":
+            return None if self.resume_from_checkpoint is None else Path(self.resume_from_checkpoint)
+        return next(reversed(list_checkpoints(self.output_dir)), None)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -28,13 +28,13 @@ def finish(script: str, *arguments, cwd: Path | None = None) -> str:
     return result.stdout
 
 
-def kill_when_there_is(path: Path, script: str, *arguments):
-    """Start a script, and kill it as soon as a path exists."""
+def stop_when_there_is(path: Path, script: str, *arguments, sent: int = signal.SIGKILL) -> int:
+    """Start a script, and send it a signal as soon as a path exists. Returns its exit code."""
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command(script, *arguments), env=ENVIRONMENT, **quiet)
     deadline = time.monotonic() + 120
     while not path.exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(sent)
+    return process.wait(120)
