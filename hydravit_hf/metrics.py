@@ -1,5 +1,7 @@
 """The scores of every width as an `evaluate.Metric`. It needs no Hub, which `evaluate.load` would."""
 
+from numbers import Real
+
 import datasets
 import evaluate
 import numpy as np
@@ -52,10 +54,17 @@ class SubnetworkMetric(evaluate.Metric):
         )
 
 
-def name_by_width(metrics: dict[int, dict[str, float]]) -> dict[str, float]:
-    """Flatten the metrics of each head count into names such as `3_heads_accuracy`, and add their means."""
+def name_by_width(metrics: dict[int, dict]) -> dict:
+    """Flatten the metrics of each head count into names such as `3_heads_accuracy`, and add the means of the numbers.
+
+    A metric that is not a number, or that some width lacks, has no mean.
+    """
     named = {
         f"{num_heads}_heads_{name}": value for num_heads, values in metrics.items() for name, value in values.items()
     }
-    names = next(iter(metrics.values()))
-    return named | {f"mean_{name}": float(np.mean([values[name] for values in metrics.values()])) for name in names}
+    columns = {name: [values.get(name) for values in metrics.values()] for name in next(iter(metrics.values()))}
+    return named | {f"mean_{name}": float(np.mean(column)) for name, column in columns.items() if _are_numbers(column)}
+
+
+def _are_numbers(values: list) -> bool:
+    return all(isinstance(value, (Real, np.number)) and not isinstance(value, bool) for value in values)

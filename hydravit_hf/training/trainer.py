@@ -101,6 +101,8 @@ class HydraViTTrainer(AveragingTrainer):
     def __init__(self, *args, compute_metrics=None, preprocess_logits_for_metrics=None, **kwargs):
         self._user_metrics, self._user_preprocess = compute_metrics, preprocess_logits_for_metrics
         self._every_width = False
+        self._eval_width: int | None = None  # the width of a pass that evaluates one alone
+        self._metric: SubnetworkMetric | None = None
         self._step_loss: StepLoss | None = None
         self.is_preempted = False
         super().__init__(
@@ -244,6 +246,10 @@ class HydraViTTrainer(AveragingTrainer):
 
     # --- Evaluation ---
 
+    @property
+    def _keeps_losses(self) -> bool:
+        return self._user_metrics is not None and "loss" in (self.args.include_for_metrics or [])
+
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         nested, self._every_width = self._every_width, True  # it calls itself for each of several datasets
         try:
@@ -251,9 +257,29 @@ class HydraViTTrainer(AveragingTrainer):
         finally:
             self._every_width = nested
 
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
+        """As in `Trainer`. A metric that is computed batch by batch has a state, so each width gets its own pass."""
+        if not (self._every_width and self.args.batch_eval_metrics and self._user_metrics):
+            return super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        metrics, losses = {}, []
+        for num_heads in self._eval_heads:
+            self._eval_width = num_heads
+            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+            of_width = {name.removeprefix(f"{metric_key_prefix}_"): value for name, value in output.metrics.items()}
+            losses.append(of_width.pop("loss", None))
+            of_width.pop("model_preparation_time", None)  # it belongs to no width
+            metrics[num_heads] = of_width
+        self._eval_width = None
+        named = {f"{metric_key_prefix}_{name}": value for name, value in name_by_width(metrics).items()}
+        if None not in losses:
+            named[f"{metric_key_prefix}_loss"] = sum(losses) / len(losses)
+        return output._replace(metrics=named)
+
     def prediction_step(self, model, inputs, *args, **kwargs):
         """As in `Trainer`. In `evaluate`, the logits are those of all S widths, (B, S, labels)."""
-        if not self._every_width:
+        if self._eval_width is not None:
+            inputs = {**inputs, "num_heads_active": self._eval_width}
+        if not self._every_width or self._eval_width is not None:
             return super().prediction_step(model, inputs, *args, **kwargs)
         losses, logits = [], []
         for num_heads in self._eval_heads:
@@ -263,35 +289,53 @@ class HydraViTTrainer(AveragingTrainer):
             logits.append(width_logits)
         if losses[0] is None:
             raise ValueError("There is nothing to evaluate by: the dataset has no `labels`.")
-        return torch.stack(losses).mean(), None if logits[0] is None else torch.stack(logits, dim=1), labels
+        if logits[0] is None:
+            return torch.stack(losses).mean(), None, labels
+        stacked = torch.stack(logits, dim=1)
+        if self._keeps_losses:  # beside the logits, (B, S): `Trainer` itself keeps one loss for all widths
+            stacked = (stacked, torch.stack(losses).expand(len(stacked), -1).contiguous())
+        return torch.stack(losses).mean(), stacked, labels
 
     def _preprocess_logits(self, logits, labels):
         """Reduce each batch to what the metrics need: without `compute_metrics`, the scores (B, S, 3) of each width."""
-        if not self._every_width:
+        if not self._every_width or self._eval_width is not None:
             return logits if self._user_preprocess is None else self._user_preprocess(logits, labels)
+        if self._keeps_losses:
+            logits, losses = logits
+            return self._preprocess_widths(logits, labels), losses
+        return self._preprocess_widths(logits, labels)
+
+    def _preprocess_widths(self, logits, labels):
         if self._user_preprocess is not None:
             return torch.stack([self._user_preprocess(of_width, labels) for of_width in logits.unbind(1)], dim=1)
         if self._user_metrics is not None:
             return logits
         return torch.stack([score(of_width, labels) for of_width in logits.unbind(1)], dim=1)
 
-    def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        if not self._every_width:
+    def _compute_metrics(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
+        if not self._every_width or self._eval_width is not None:
             if self._user_metrics is not None:
-                return self._user_metrics(prediction)
+                options = {"compute_result": compute_result} if self.args.batch_eval_metrics else {}
+                return self._user_metrics(prediction, **options)
             scores = score(torch.from_numpy(prediction.predictions), torch.from_numpy(prediction.label_ids))
             accuracy, _, loss = scores.double().mean(0).tolist()
             return {"accuracy": accuracy, "loss": loss}
         if self._user_metrics is None:
-            metric = SubnetworkMetric(REPORTED)
+            metric = self._metric = self._metric or SubnetworkMetric(REPORTED)
             columns = [SCORES.index(name) for name in REPORTED]
             for index, num_heads in enumerate(self._eval_heads):
                 metric.add_scores(prediction.predictions[:, index, columns], num_heads)
+            if not compute_result:  # more batches follow
+                return {}
+            self._metric = None
             return metric.compute()
-        metrics = {}
+        metrics, predictions, losses = {}, prediction.predictions, None
+        if self._keeps_losses:
+            predictions, losses = predictions
         for index, num_heads in enumerate(self._eval_heads):
-            of_width = EvalPrediction(predictions=prediction.predictions[:, index], label_ids=prediction.label_ids)
-            metrics[num_heads] = self._user_metrics(of_width)
+            of_width = {"predictions": predictions[:, index], "label_ids": prediction.label_ids}
+            of_width |= {"inputs": prediction.inputs, "losses": None if losses is None else losses[:, index]}
+            metrics[num_heads] = self._user_metrics(EvalPrediction(**of_width))
         return name_by_width(metrics)
 
     # --- Checkpoints and the card ---

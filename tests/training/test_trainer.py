@@ -643,3 +643,51 @@ def test_a_loss_that_is_no_number_stops_the_training_and_names_the_step(make_tra
         trainer.train()
     assert len(record.weights) == 2
     assert all(weight.isfinite().all() for weight in trainer.model.parameters())
+
+
+# Metrics of the user's
+
+
+class BatchedAccuracy:
+    """Accuracy that is added up batch by batch, as `batch_eval_metrics` asks for."""
+
+    def __init__(self):
+        self.hits = []
+
+    def __call__(self, prediction, compute_result: bool):
+        self.hits += (prediction.predictions.argmax(-1) == prediction.label_ids).tolist()
+        if not compute_result:
+            return {}
+        accuracy, self.hits = sum(self.hits) / len(self.hits), []
+        return {"share": accuracy}
+
+
+def test_metrics_batch_by_batch_are_those_of_all_images_at_every_width(make_trainer):
+    whole = make_trainer().evaluate()
+    options = {"batch_eval_metrics": True, "per_device_eval_batch_size": 50}
+    for metrics, name in ((BatchedAccuracy(), "share"), (None, "accuracy")):
+        batched = make_trainer(trainer={"compute_metrics": metrics}, **options).evaluate()
+        for expected in (key for key in whole if key.endswith("accuracy")):
+            assert batched[expected.replace("accuracy", name)] == pytest.approx(whole[expected])
+        assert batched["eval_loss"] == pytest.approx(whole["eval_loss"], rel=1e-3)
+
+
+def test_inputs_and_losses_reach_metrics_that_ask_for_them(make_trainer):
+    seen = []
+
+    def compute(prediction):
+        seen.append((prediction.inputs, prediction.losses))
+        return {"loss": float(np.mean(prediction.losses))}
+
+    metrics = make_trainer(trainer={"compute_metrics": compute}, include_for_metrics=["inputs", "loss"]).evaluate()
+    expected = make_trainer().evaluate()
+    names = [name for name in expected if name.endswith("heads_loss")]
+    for (inputs, losses), name in zip(seen, names, strict=True):
+        assert inputs.shape[0] == losses.shape[0] == len(make_trainer().eval_dataset)
+        assert metrics[name] == pytest.approx(expected[name], rel=1e-2)
+
+
+def test_a_metric_that_is_no_number_has_no_mean(make_trainer):
+    metrics = make_trainer(trainer={"compute_metrics": lambda _: {"matrix": [[1, 2], [3, 4]], "number": 2}}).evaluate()
+    assert metrics["eval_4_heads_matrix"] == [[1, 2], [3, 4]]
+    assert "eval_mean_matrix" not in metrics and metrics["eval_mean_number"] == 2
