@@ -24,7 +24,7 @@ LABELS = [str(digit) for digit in range(10)]
 @pytest.fixture
 def folder(make_model, tmp_path):
     labels = {"id2label": dict(enumerate(LABELS)), "label2id": {label: i for i, label in enumerate(LABELS)}}
-    model = make_model(image_size=8, num_labels=10, **labels)
+    model = make_model(image_size=8, num_labels=10, num_hidden_layers=1, **labels)
     model.save_pretrained(tmp_path / "tiny")
     make_image_processor(model.config).save_pretrained(tmp_path / "tiny")
     return str(tmp_path / "tiny")

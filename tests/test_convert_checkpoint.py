@@ -3,7 +3,7 @@
 import argparse
 import os
 import pickle
-import subprocess
+import runpy
 import sys
 import zlib
 from pathlib import Path
@@ -96,12 +96,12 @@ def test_the_averaged_weights_are_the_default_and_the_last_ones_an_option(source
         torch.testing.assert_close(tensor, expected + 1, msg=name)
 
 
-def test_the_command_saves_a_folder_that_loads_at_any_width_with_its_processor(source, tmp_path):
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_the_module_saves_a_folder_that_loads_at_any_width_with_its_processor(source, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "converted"
-    command = [sys.executable, "-m", "hydravit_hf.convert_checkpoint", str(source), str(folder)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "4-head HydraViT with 2 layers, for 48-pixel images and 1000 labels" in result.stdout
+    monkeypatch.setattr(sys, "argv", ["convert_checkpoint", str(source), str(folder)])
+    runpy.run_module("hydravit_hf.convert_checkpoint", run_name="__main__")
+    assert "4-head HydraViT with 2 layers, for 48-pixel images and 1000 labels" in capsys.readouterr().out
     model = HydraViTForImageClassification.from_pretrained(folder, num_attention_heads=2)
     processor = AutoImageProcessor.from_pretrained(folder)
     # not Inception's 0.5, which the original's script imports

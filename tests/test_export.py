@@ -20,11 +20,16 @@ from hydravit_hf.model.configuration_hydravit import CRITERIA
 HEADS = [1, 3, 6]
 BATCHES = (1, 2, 5)
 ATOL = 1e-4
-OPTIONS = {
-    "plain": {"subnetwork_heads": HEADS},
-    "separate classifiers": {"subnetwork_heads": HEADS, "separate_classifiers": True},
-    "token recycling": {"subnetwork_heads": HEADS, "token_recycling": True},
-}
+kinds_of_models = pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"subnetwork_heads": HEADS}, id="plain"),
+        pytest.param({"subnetwork_heads": HEADS, "separate_classifiers": True}, id="separate classifiers"),
+        pytest.param(
+            {"subnetwork_heads": HEADS, "token_recycling": True}, id="token recycling", marks=pytest.mark.slow
+        ),
+    ],
+)
 pytestmark = [  # what torch, onnxscript, torchao and ExecuTorch warn of among themselves
     pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -81,7 +86,7 @@ def total_size(folder) -> int:
     return sum(file.stat().st_size for file in folder.iterdir())
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@kinds_of_models
 def test_onnx_runtime_gives_the_logits_at_every_width(make_model, images, tmp_path, onnxruntime, options):
     model = make_model(**options)
     for num_heads in HEADS:
@@ -93,7 +98,7 @@ def test_onnx_runtime_gives_the_logits_at_every_width(make_model, images, tmp_pa
         assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@kinds_of_models
 def test_one_onnx_file_runs_every_width(make_model, images, tmp_path, onnxruntime, options):
     model = make_model(**options)
     path = export_subnetworks(model, None, tmp_path / "model.onnx")
@@ -104,7 +109,7 @@ def test_one_onnx_file_runs_every_width(make_model, images, tmp_path, onnxruntim
         assert_same_logits(run, model, images, num_heads)
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@kinds_of_models
 def test_a_folder_of_onnx_graphs_shares_one_file_of_weights(make_model, images, tmp_path, onnxruntime, options):
     model = make_model(**options)
     folder = export_subnetworks(model, None, tmp_path / "onnx")
@@ -141,6 +146,7 @@ def test_graphs_are_valid_onnx(model, tmp_path, onnxruntime):
         check_model(path, full_check=True)
 
 
+@pytest.mark.slow
 def test_an_export_is_no_larger_than_that_of_a_vit_of_its_shapes(make_model, tmp_path, onnxruntime):
     import onnx_ir
     from transformers import ViTConfig, ViTForImageClassification
@@ -160,6 +166,7 @@ def test_an_export_is_no_larger_than_that_of_a_vit_of_its_shapes(make_model, tmp
     assert path.stat().st_size <= (tmp_path / "vit.onnx").stat().st_size
 
 
+@pytest.mark.slow
 def test_several_widths_take_the_space_of_the_widest(make_model, tmp_path, onnxruntime):
     model = make_model(head_dim=64)
     widest = export_subnetwork(model, 6, "onnx", tmp_path / "widest.onnx").stat().st_size
@@ -170,7 +177,7 @@ def test_several_widths_take_the_space_of_the_widest(make_model, tmp_path, onnxr
     assert total_size(export_subnetworks(model, None, tmp_path / "stages")) <= 1.15 * widest
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@kinds_of_models
 def test_torch_export_reloads(make_model, images, tmp_path, options):
     model = make_model(**options)
     module = torch.export.load(export_subnetwork(model, 3, "torch_export", tmp_path / "model.pt2")).module()
@@ -375,6 +382,7 @@ def certain(make_model):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_an_exported_cascade_holds_to_thresholds_of_zero_and_infinity(certain, many, tmp_path, onnxruntime, criterion):
     for heads, thresholds, taken in (
@@ -389,6 +397,7 @@ def test_an_exported_cascade_holds_to_thresholds_of_zero_and_infinity(certain, m
         assert set(assert_same_cascade(path, certain, many, cascade, atol=1e-3)) == {taken}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_an_exported_cascade_stops_at_certainty_and_goes_on_from_what_is_no_number(
     certain, many, tmp_path, onnxruntime, criterion
@@ -402,6 +411,7 @@ def test_an_exported_cascade_stops_at_certainty_and_goes_on_from_what_is_no_numb
         assert num_heads == [taken if number == 7 else 1 for number in range(40)]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")  # of torch's exporter
 def test_an_exported_cascade_in_half_precision_decides_in_single_precision(make_model, many, tmp_path, onnxruntime):
     model, many = make_model(), many.half()
@@ -414,6 +424,7 @@ def test_an_exported_cascade_in_half_precision_decides_in_single_precision(make_
     assert logits.type == "tensor(float16)"
 
 
+@pytest.mark.slow
 def test_an_exported_cascade_takes_the_space_of_its_widest(make_model, tmp_path, onnxruntime):
     model = make_model(head_dim=64)
     widest = export_subnetwork(model, 6, "onnx", tmp_path / "widest.onnx").stat().st_size

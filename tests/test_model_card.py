@@ -87,7 +87,7 @@ def test_a_card_has_the_sections_that_it_was_given_words_for(make_model):
 def test_a_cascade_that_is_saved_with_the_model_is_shown(make_model):
     model = make_model(cascade={"num_heads": [1, 3, 6], "thresholds": 0.5})
     card = create_model_card(model, ROWS, "tiny", plot="plot.png")
-    assert "runs 1, 3 and 6 heads in turn" in card.text and 'num_heads_active="cascade"' in card.text
+    assert "a cascade of 1, 3 and 6 heads" in card.text and 'num_heads_active="cascade"' in card.text
     assert "\n\n\n" not in card.text and "cascade" not in create_model_card(make_model(), ROWS, "tiny").text
 
 

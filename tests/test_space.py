@@ -223,6 +223,7 @@ def test_a_checkpoint_without_results_has_no_plot_and_uneven_widths_have_buttons
     assert (slider.minimum, slider.maximum, slider.step, slider.value) == (2, 6, 2, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*pin_memory")
 def test_the_digits_are_trained_once_and_come_with_results_and_examples(space, tmp_path, monkeypatch):
     digits = space("digits")

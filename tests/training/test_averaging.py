@@ -67,9 +67,11 @@ def test_the_averaged_weights_take_the_place_of_the_models_and_give_it_back_also
     for name, weight in model.named_parameters():
         assert torch.equal(weight, trained[name]) and torch.equal(average.average[name], mean[name])
         assert weight.requires_grad and weight.is_leaf and not average.average[name].requires_grad
+    memory = {name: weight.data_ptr() for name, weight in model.named_parameters()}
     average.swap()
     for name, weight in model.named_parameters():
         assert torch.equal(weight, mean[name]) and torch.equal(average.average[name], trained[name])
+        assert weight.data_ptr() == memory[name]  # as sharded weights need it
     assert torch.equal(model(images).logits, expected)
 
 

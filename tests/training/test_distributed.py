@@ -159,6 +159,7 @@ def test_accelerate_launch_trains_in_two_processes_as_in_one_with_the_double_bat
     assert_close(weights_in(tmp_path / "two"), weights_in(tmp_path / "one"), atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow  # its fast siblings are the resumed runs in test_trainer.py
 def test_a_trainer_that_is_killed_and_resumed_ends_with_the_weights_of_one_that_was_not(tmp_path):
     whole, killed = ({"output_dir": str(tmp_path / name), **KILLED} for name in ("whole", "killed"))
     kill_after(start_training(killed, processes=1), tmp_path / "killed" / "checkpoint-8")
@@ -191,6 +192,7 @@ def check_resumed(folder: Path, name: str):
     assert loaded.config.num_attention_heads == 2
 
 
+@pytest.mark.slow  # its fast sibling is the swap of averaged weights in place, in test_averaging.py
 def test_fsdp2_trains_as_one_process_and_saves_one_checkpoint_that_loads_at_every_width(tmp_path):
     finish(start("support.fsdp_process", tmp_path, processes=2))
     model = fsdp_process.make_model()
