@@ -14,7 +14,9 @@ KINDS = {
     "separate classifiers": {"separate_classifiers": True, "subnetwork_heads": [2, 4, 6]},
     "recycling": {"token_recycling": True, "subnetwork_heads": [2, 4, 6]},
 }
-EARLIER_CHECKPOINT = Path(__file__).parents[1] / "checkpoint_0.1"  # saved by the version before, with its answers
+EARLIER_CHECKPOINT = (
+    Path(__file__).parents[1] / "checkpoint_0.1.zip"
+)  # a folder that version 0.1 saved, and its answers
 TRAVELLING = {file.name for file in Path(hydravit_hf.model.__file__).parent.glob("*_hydravit.py")}
 
 
