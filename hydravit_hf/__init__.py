@@ -21,7 +21,8 @@ PIPELINE_REGISTRY.register_pipeline(
     TASK, HydraViTImageClassificationPipeline, AutoModelForImageClassification, type="image"
 )
 
-# Public names and their files. A file is imported when its name is first used, because some need the extras.
+# Public names and their files. A file is imported when its name is first used, because some need the extras. Editors
+# read the names and their types in `__init__.pyi`.
 _LAZY_NAMES = {
     "choose_num_heads": "profiling",
     "convert_original_checkpoint": "convert_checkpoint",
@@ -55,3 +56,7 @@ def __getattr__(name: str):
     if name not in _LAZY_NAMES:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
     return getattr(import_module(f".{_LAZY_NAMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

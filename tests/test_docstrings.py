@@ -1,9 +1,11 @@
-"""The examples in docstrings run and print what they say."""
+"""The examples in docstrings run and print what they say, and editors are shown the public names."""
 
+import ast
 import doctest
 import pkgutil
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -42,3 +44,16 @@ def test_each_public_name_has_an_example():
         if not any(test.examples for test in finder.find(getattr(hydravit_hf, name), name))
     }
     assert without == EXCEPTIONS.keys()
+
+
+def test_editors_are_shown_each_public_name_in_its_file():
+    stub = ast.parse(Path(hydravit_hf.__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+    shown = {}
+    for statement in stub.body:
+        if isinstance(statement, ast.ImportFrom):
+            shown |= {alias.name: f"hydravit_hf.{statement.module}" for alias in statement.names}
+        elif isinstance(statement, ast.Assign):
+            listed = ast.literal_eval(statement.value)
+    assert shown == {name: getattr(hydravit_hf, name).__module__ for name in hydravit_hf.__all__}
+    assert sorted(listed) == sorted(hydravit_hf.__all__)
+    assert set(listed) <= set(dir(hydravit_hf))
