@@ -127,16 +127,23 @@ def test_extract_leaves_a_folder_that_loads_by_itself(hydravit, folder, tmp_path
 
 # torch warns of itself as it exports
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning", "ignore::DeprecationWarning")
-def test_export_writes_one_width_several_or_the_saved_cascade(hydravit, folder, tmp_path, monkeypatch):
+def test_export_writes_one_width(hydravit, folder, tmp_path):
+    images, path = torch.randn(6, 3, 8, 8), tmp_path / "one.pt2"
+    code, out, err = hydravit("export", folder, path, "--num-heads", 3, "--format", "torch_export")
+    assert code == 0 and str(path) in out, err
+    expected = HydraViTForImageClassification.from_pretrained(folder)(images, num_heads_active=3).logits
+    torch.testing.assert_close(torch.export.load(path).module()(pixel_values=images).logits, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning", "ignore::DeprecationWarning")
+def test_export_writes_several_widths_or_the_saved_cascade(hydravit, folder, tmp_path, monkeypatch):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     trace_once(monkeypatch)
     images = torch.randn(6, 3, 8, 8)
     model = HydraViTForImageClassification.from_pretrained(folder)
     expected = model(images, num_heads_active=3).logits
-    code, out, err = hydravit("export", folder, tmp_path / "one.pt2", "--num-heads", 3, "--format", "torch_export")
-    assert code == 0 and str(tmp_path / "one.pt2") in out, err
-    torch.testing.assert_close(torch.export.load(tmp_path / "one.pt2").module()(pixel_values=images).logits, expected)
 
     def run(path, **inputs):
         return onnxruntime.InferenceSession(tmp_path / path).run(None, {"pixel_values": images.numpy(), **inputs})

@@ -24,7 +24,11 @@ kinds_of_models = pytest.mark.parametrize(
     "options",
     [
         pytest.param({"subnetwork_heads": HEADS}, id="plain"),
-        pytest.param({"subnetwork_heads": HEADS, "separate_classifiers": True}, id="separate classifiers"),
+        pytest.param(
+            {"subnetwork_heads": HEADS, "separate_classifiers": True},
+            id="separate classifiers",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             {"subnetwork_heads": HEADS, "token_recycling": True}, id="token recycling", marks=pytest.mark.slow
         ),
@@ -184,6 +188,7 @@ def test_torch_export_reloads(make_model, images, tmp_path, options):
     assert_same_logits(lambda batch: module(pixel_values=batch).logits.detach().numpy(), model, images, 3)
 
 
+@pytest.mark.slow
 @installed("openvino")
 def test_openvino_gives_the_logits(model, images, tmp_path):
     import openvino
@@ -361,7 +366,11 @@ def assert_same_cascade(path, model, images, cascade, batch_sizes=(0, 1, 7, 40),
 
 @pytest.mark.parametrize(
     ("heads", "temperatures", "separate_classifiers"),
-    [([1, 6], None, False), ([1, 3, 6], [0.2, 3.0, 1.0], False), ([1, 3, 6], None, True)],
+    [
+        ([1, 6], None, False),
+        ([1, 3, 6], [0.2, 3.0, 1.0], False),
+        pytest.param([1, 3, 6], None, True, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_a_cascade_in_onnx_runtime_gives_what_the_model_gives(

@@ -20,6 +20,11 @@ from hydravit_hf import HydraViTForImageClassification, evaluate_subnetworks, ma
 from hydravit_hf.data import load_digits, to_pixel_values
 from hydravit_hf.training.averaging import AveragedWeights
 
+# Processes take seconds to start. The fast siblings are in one process: the runs that are resumed and preempted, the
+# cards and the evaluation in test_trainer.py, the widths that share no gradients in test_steps.py, the swap of averaged
+# weights in their place in test_averaging.py
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).parents[1]
 EXAMPLES = TESTS.parent / "examples"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(TESTS)}
@@ -132,7 +137,6 @@ def test_two_processes_write_one_card_with_the_numbers_of_their_model(two, held_
     assert not (two / "one width a step" / "README.md").exists()
 
 
-@pytest.mark.slow  # its fast sibling is the first test
 def test_accelerate_launch_trains_in_two_processes_as_in_one_with_the_double_batch(tmp_path):
     options = [
         "--num_attention_heads",
@@ -159,7 +163,6 @@ def test_accelerate_launch_trains_in_two_processes_as_in_one_with_the_double_bat
     assert_close(weights_in(tmp_path / "two"), weights_in(tmp_path / "one"), atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.slow  # its fast siblings are the resumed runs in test_trainer.py
 def test_a_trainer_that_is_killed_and_resumed_ends_with_the_weights_of_one_that_was_not(tmp_path):
     whole, killed = ({"output_dir": str(tmp_path / name), **KILLED} for name in ("whole", "killed"))
     kill_after(start_training(killed, processes=1), tmp_path / "killed" / "checkpoint-8")
@@ -169,7 +172,6 @@ def test_a_trainer_that_is_killed_and_resumed_ends_with_the_weights_of_one_that_
     check_resumed(tmp_path, "killed")
 
 
-@pytest.mark.slow
 def test_two_processes_that_are_killed_or_preempted_and_resumed_end_with_the_weights_of_some_that_were_not(tmp_path):
     names = ("whole", "killed", "preempted")
     whole, killed, preempted = ({"output_dir": str(tmp_path / name), **KILLED} for name in names)
@@ -192,7 +194,6 @@ def check_resumed(folder: Path, name: str):
     assert loaded.config.num_attention_heads == 2
 
 
-@pytest.mark.slow  # its fast sibling is the swap of averaged weights in place, in test_averaging.py
 def test_fsdp2_trains_as_one_process_and_saves_one_checkpoint_that_loads_at_every_width(tmp_path):
     finish(start("support.fsdp_process", tmp_path, processes=2))
     model = fsdp_process.make_model()
