@@ -35,7 +35,7 @@ def build(checkpoint: str | Path | None = None) -> gr.Blocks:
         checkpoint = find_or_train()
         note, examples = DIGITS, checkpoint / "examples"
     model = HydraViTForImageClassification.from_pretrained(checkpoint)
-    classify = pipeline(TASK, model=model, image_processor=str(checkpoint))
+    classify = pipeline(TASK, model=model, image_processor=str(checkpoint), allow_urls=False)
     costs = {row["num_heads"]: row for row in profile_subnetworks(model, rounds=15, disable_tqdm=True)}
     results, heads = read_results(checkpoint), list(costs)
 

@@ -1,5 +1,7 @@
 """Draws widths as HTML and SVG, in the colours of style.css."""
 
+from html import escape
+
 from hydravit_hf.reporting import COLUMNS
 
 
@@ -44,11 +46,11 @@ def draw_results(rows: list[dict], num_heads: int, width: int = 380, height: int
     dots = [at(x, y) for x, y in zip(macs, percents, strict=True)]
     parts.append(f'<path class="line" d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in dots)}"/>')
     for row, (x, y) in zip(rows, dots, strict=True):
-        is_it = row["num_heads"] == num_heads
+        is_it, name = row["num_heads"] == num_heads, escape(str(row["num_heads"]))  # a file may hold any text
         parts.append(
             f'<g class="{"dot now" if is_it else "dot"}"><circle cx="{x:.1f}" cy="{y:.1f}" r="{4 + 3 * is_it}"/>'
         )
-        parts.append(f'<text x="{x:.1f}" y="{y - 12:.1f}" text-anchor="middle">{row["num_heads"]}</text></g>')
+        parts.append(f'<text x="{x:.1f}" y="{y - 12:.1f}" text-anchor="middle">{name}</text></g>')
     form = COLUMNS["macs"][1]
     parts.append(f'<text x="{left}" y="{bottom + 18}" text-anchor="middle">0</text>')
     parts.append(f'<text x="{right}" y="{bottom + 18}" text-anchor="end">{form(max(macs))}</text>')
