@@ -163,15 +163,6 @@ def test_accelerate_launch_trains_in_two_processes_as_in_one_with_the_double_bat
     assert_close(weights_in(tmp_path / "two"), weights_in(tmp_path / "one"), atol=1e-4, rtol=1e-3)
 
 
-def test_a_trainer_that_is_killed_and_resumed_ends_with_the_weights_of_one_that_was_not(tmp_path):
-    whole, killed = ({"output_dir": str(tmp_path / name), **KILLED} for name in ("whole", "killed"))
-    kill_after(start_training(killed, processes=1), tmp_path / "killed" / "checkpoint-8")
-    assert not (tmp_path / "killed" / "figures.json").exists()
-    for options in (whole, killed | {"resume": True}):
-        trainer_process.train(**options)
-    check_resumed(tmp_path, "killed")
-
-
 def test_two_processes_that_are_killed_or_preempted_and_resumed_end_with_the_weights_of_some_that_were_not(tmp_path):
     names = ("whole", "killed", "preempted")
     whole, killed, preempted = ({"output_dir": str(tmp_path / name), **KILLED} for name in names)
