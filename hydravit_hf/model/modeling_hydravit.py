@@ -147,7 +147,7 @@ class HydraViTEmbeddings(nn.Module):
     def forward(self, pixel_values: torch.Tensor, width: int, interpolate_pos_encoding: bool = False) -> torch.Tensor:
         self._check_images(pixel_values, interpolate_pos_encoding)
         patches = self.patch_embeddings(pixel_values, width)
-        cls_token = self.cls_token[..., :width].expand(len(patches), -1, -1)
+        cls_token = self.cls_token[..., :width].expand(patches.shape[0], -1, -1)
         position_embeddings = self.position_embeddings[..., :width]
         if interpolate_pos_encoding:
             grid = grid_of(tuple(pixel_values.shape[2:]), self.patch_embeddings.patch_size)
@@ -207,7 +207,7 @@ class HydraViTAttention(nn.Module):
         key = self.k_proj(hidden_states).view(heads_shape).transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads_shape).transpose(1, 2)
         attention: Callable = eager_attention_forward  # only eager attention returns its maps, or takes an empty batch
-        if not kwargs.get("output_attentions") and len(hidden_states) > 0:
+        if not kwargs.get("output_attentions") and hidden_states.shape[0] > 0:
             implementation = self.config._attn_implementation
             attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
