@@ -249,6 +249,35 @@ def test_a_path_that_does_not_exist_is_named_in_one_line(hydravit, monkeypatch, 
     assert err.startswith("error: ") and err.count("\n") == 1 and arguments[1] in err
 
 
+def test_a_label_of_a_model_cannot_steer_the_terminal(hydravit, folder, tmp_path):
+    config = json.loads(Path(folder, "config.json").read_text())
+    config["id2label"] = {number: f"\x1b[2J\r{number} é" for number in config["id2label"]}
+    Path(folder, "config.json").write_text(json.dumps(config))
+    image = tmp_path / "digit.png"
+    Image.new("RGB", (8, 8)).save(image)
+    code, out, _ = hydravit("predict", folder, image)
+    assert code == 0 and "\\x1b[2J\\r" in out and " é " in out
+    assert all(character.isprintable() for character in out.rstrip("\n"))
+
+
+def test_an_error_of_any_kind_is_one_line(hydravit, folder, monkeypatch):
+    def fail(*args, **kwargs):
+        raise KeyError("cat")
+
+    monkeypatch.setattr("hydravit_hf.profiling.profile_subnetworks", fail)
+    code, out, err = hydravit("profile", folder)
+    assert (code, out, err) == (1, "", "error: KeyError: 'cat'\n")
+
+
+def test_labels_that_are_not_numbered_from_zero_are_an_error(hydravit, folder):
+    config = json.loads(Path(folder, "config.json").read_text())
+    config["id2label"] = {int(number) + 1: name for number, name in config["id2label"].items()}
+    config["label2id"] = {name: number for number, name in config["id2label"].items()}
+    Path(folder, "config.json").write_text(json.dumps(config))
+    code, _, err = hydravit("evaluate", folder, "digits")
+    assert code == 1 and "must number its labels from 0, not 1, in `id2label`" in err
+
+
 def test_wrong_usage_exits_with_2(hydravit):
     for arguments in (["profile"], ["predict", "model"], ["nonsense"], ["profile", "model", "--batch-size", "0"]):
         assert hydravit(*arguments)[0] == 2

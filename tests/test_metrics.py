@@ -52,3 +52,11 @@ def test_the_metrics_of_widths_are_named_by_their_heads_and_averaged():
         **{"3_heads_hits": 1, "3_heads_rows": 4, "6_heads_hits": 2, "6_heads_rows": 4},
         **{"mean_hits": 1.5, "mean_rows": 4.0},
     }
+
+
+def test_a_metric_that_is_no_number_or_that_a_width_lacks_has_no_mean():
+    narrow = {"hits": np.int64(1), "names": ["cat"], "exact": True, "missing": None, "loss": np.float32(0.5), "own": 1}
+    wide = {"hits": 2, "names": ["dog"], "exact": False, "missing": 1.0, "loss": 1.5}
+    named = name_by_width({3: narrow, 6: wide})
+    assert {name: value for name, value in named.items() if "_heads_" not in name} == {"mean_hits": 1.5, "mean_loss": 1}
+    assert named["3_heads_names"] == ["cat"] and named["3_heads_own"] == 1 and "6_heads_own" not in named

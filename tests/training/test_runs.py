@@ -20,6 +20,7 @@ from hydravit_hf.training.runs import (
     describe_data,
     last_whole_checkpoint,
     list_checkpoints,
+    open_data,
     open_run,
     save_checkpoint,
 )
@@ -113,6 +114,18 @@ def test_data_are_described_by_the_labels_in_their_order():
         assert describe_data(Dataset.from_dict({"label": others})) != described
     assert describe_data([{"labels": 3}]) == {"images": 1}
     assert describe_data(iter([])) == describe_data(data.to_iterable_dataset()) == {}
+
+
+def test_the_data_of_a_run_are_noted_and_a_resumed_run_has_the_same(tmp_path):
+    data = Dataset.from_dict({"label": [3, 1, 2]})
+    open_data(tmp_path, data, resume=True)  # of a run whose data were not noted yet
+    noted = (tmp_path / "data.json").read_text()
+    open_data(tmp_path, data.with_format("torch"), resume=True)
+    with pytest.raises(ValueError, match=f"'{tmp_path}' holds another run than the one to resume: images was 3 and is"):
+        open_data(tmp_path, data.select([0, 1]), resume=True)
+    assert (tmp_path / "data.json").read_text() == noted
+    open_data(tmp_path, data.select([0, 1]), resume=False)
+    assert (tmp_path / "data.json").read_text() != noted
 
 
 # Preemption
