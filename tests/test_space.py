@@ -223,6 +223,12 @@ def test_a_checkpoint_without_results_has_no_plot_and_uneven_widths_have_buttons
     assert (slider.minimum, slider.maximum, slider.step, slider.value) == (2, 6, 2, 2)
 
 
+def test_the_plot_holds_no_markup_of_a_results_file(space):
+    rows = [{"num_heads": "<script>", "accuracy": 0.5, "macs": 1e6}, {"num_heads": 3, "accuracy": 0.6, "macs": 2e6}]
+    plot = space("drawing").draw_results(rows, 3)
+    assert "<script>" not in plot and "&lt;script&gt;" in plot
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*pin_memory")
 def test_the_digits_are_trained_once_and_come_with_results_and_examples(space, tmp_path, monkeypatch):
