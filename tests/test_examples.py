@@ -152,6 +152,25 @@ def test_a_folder_that_holds_another_run_is_left_alone(trained):
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
 
 
+def test_a_run_is_not_resumed_on_other_data_than_it_began_with(trained, tmp_path):
+    shutil.copy(trained[0] / "run.json", tmp_path)
+    began_with = json.loads((trained[0] / "data.json").read_text())
+    (tmp_path / "data.json").write_text(json.dumps(began_with | {"images": 7}))
+    result = run("train_accelerate.py", "--output_dir", tmp_path, *TINY, "--resume_from_checkpoint", "latest")
+    assert result.returncode != 0
+    assert result.stderr.splitlines()[-1].endswith("another run than the one to resume: images was 7 and is 1437.")
+
+
+@pytest.mark.slow  # its fast sibling is the test of a run that resumes from its middle
+def test_a_run_that_is_resumed_from_its_last_checkpoint_takes_no_more_step(trained, tmp_path):
+    folder = tmp_path / "resumed"
+    shutil.copytree(trained[0], folder, ignore=shutil.ignore_patterns("model.safetensors"))
+    shutil.copytree(trained[0] / "checkpoint-24", folder / "checkpoint-24", dirs_exist_ok=True)
+    assert "checkpoint-24" in train(folder, "--resume_from_checkpoint", "latest")
+    assert_equal_weights(trained[0], folder)
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-24"]
+
+
 @pytest.mark.slow  # its fast siblings are the tests of `make_model` and of the steps of such a model
 def test_stages_that_recycle_tokens_are_trained_from_an_ordinary_checkpoint(trained, tmp_path):
     train(tmp_path, "--model_name_or_path", trained[0], "--token_recycling", "--subnetwork_heads", 2, 4)
