@@ -170,7 +170,8 @@ def load_folder(folder: Path, **kwargs) -> DatasetDict:
             return load_folder(extracted[0], **kwargs)
         splits = {}
         for file, root in zip(kinds[(".zip",)], extracted, strict=True):
-            splits |= {_split_of(file.relative_to(folder)): [(path, path.parent.name) for path in _list_images(root)]}
+            rows = splits.setdefault(_split_of(file.relative_to(folder)), [])
+            rows += [(path, path.parent.name) for path in _list_images(root)]
         return _as_datasets(splits, **kwargs)
     return load_dataset(str(folder), **kwargs)
 

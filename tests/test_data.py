@@ -384,6 +384,10 @@ def test_zips_of_folders_load(tmp_path):
     (tmp_path / "two").mkdir()
     for split in ("train", "val"):
         shutil.make_archive(str(tmp_path / "two" / split), "zip", folder)
+    shutil.make_archive(str(tmp_path / "two" / "train-2"), "zip", folder)
+    splits = load_images(data_dir=tmp_path / "two")
+    assert {split: len(data) for split, data in splits.items()} == {"train": 20, "test": 10}
+    (tmp_path / "two" / "train-2.zip").unlink()
     assert counts(load_images(data_dir=tmp_path / "two")) == {split: {"a": 5, "b": 5} for split in ("train", "test")}
 
 
