@@ -77,7 +77,7 @@ def main():
 
     # 2. Model: a new classifier, position embeddings for the new image size, all else from the start
     try:
-        model, processor = make_model(data_args, model_args, data["train"].features["label"].names)
+        model, processor = make_model(data_args, model_args, data)
     except OSError as error:
         start = model_args.model_name_or_path or model_args.from_vit
         sys.exit(f"There is no model to start from at '{start}'. {str(error).splitlines()[0]}")

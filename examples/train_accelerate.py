@@ -2,7 +2,7 @@
 
     python examples/train_accelerate.py                                   # handwritten digits, two minutes on a CPU
     python examples/train_accelerate.py --subnetwork_sampling sandwich --distillation_weight 0.5
-    python examples/train_accelerate.py --data_dir my_images --from_vit facebook/deit-tiny-patch16-224
+    python examples/train_accelerate.py --data_dir my_images --from_vit google/vit-base-patch16-224 --elastify
     accelerate launch --config_file examples/accelerate_multi_gpu.yaml examples/train_accelerate.py \\
         --config examples/imagenet1k.yaml                                 # the recipe of the paper
 
@@ -33,6 +33,7 @@ from hydravit_hf.training.augmentation import mix_images
 from hydravit_hf.training.averaging import AveragedWeights
 from hydravit_hf.training.optimizer import PrefixAdamW, parameter_groups
 from hydravit_hf.training.steps import SubnetworkTrainingArguments, backward_widths
+from hydravit_hf.training.teacher import Teacher
 
 
 def main(preemption: runs.Preemption):
@@ -68,8 +69,10 @@ def main(preemption: runs.Preemption):
     # 2. Data and model
     with accelerator.main_process_first():
         data = data_args.load()
-    model, processor = arguments.make_model(data_args, model_args, data["train"].features["label"].names)
+    model, processor = arguments.make_model(data_args, model_args, data)
     config = model.config
+    widths.teacher = arguments.find_teacher(widths.teacher, model_args, data["train"].features["label"].names)
+    teacher = Teacher.of_arguments(widths, config)
     train_images, test_images = arguments.make_datasets(
         data, processor, augmentation, loop.seed, accelerator.process_index, accelerator.num_processes
     )
@@ -135,8 +138,8 @@ def main(preemption: runs.Preemption):
                 if widths.mixup_alpha or widths.cutmix_alpha:
                     seed = [loop.seed, epoch, index, accelerator.process_index]
                     images, labels = mix_images(images, labels, config.num_labels, seed, *alphas)
-                heads = widths.sample(config, loop.seed, step)
-                loss = backward_widths(model, images, labels, heads, step, *loss_options, accelerator)
+                heads = widths.sample(config, loop.seed, step, max_steps)
+                loss = backward_widths(model, images, labels, heads, step, *loss_options, accelerator, teacher)
                 if widths.freeze_unused_weights:
                     optimizer.optimizer.num_heads = heads[0]
                 if accelerator.sync_gradients and loop.max_grad_norm:

@@ -24,6 +24,7 @@ from hydravit_hf.training.arguments import (
     ModelArguments,
     describe_card,
     find_checkpoint,
+    find_teacher,
     make_datasets,
     make_model,
     parse_arguments,
@@ -58,8 +59,10 @@ def main():
     # 1. Data and model
     with training_args.main_process_first():
         data = data_args.load()
-    model, processor = make_model(data_args, model_args, data["train"].features["label"].names)
+    model, processor = make_model(data_args, model_args, data)
     train_images, test_images = make_datasets(data, processor, augmentation, training_args.seed)
+    labels = data["train"].features["label"].names
+    training_args.teacher = find_teacher(training_args.teacher, model_args, labels)
 
     # 2. The trainer, and a card that names the data and the command
     trainer = HydraViTTrainer(

@@ -27,6 +27,7 @@ _LAZY_NAMES = {
     "choose_num_heads": "profiling",
     "convert_original_checkpoint": "convert_checkpoint",
     "create_model_card": "model_card",
+    "elastify": "elastification",
     "evaluate_cascade": "cascade",
     "evaluate_subnetworks": "evaluation",
     "export_cascade": "export",

@@ -1,6 +1,7 @@
 # The public names, for editors and type checkers. At run time, `__init__.py` imports most of them when they are used.
 from .cascade import evaluate_cascade, fit_cascade
 from .convert_checkpoint import convert_original_checkpoint
+from .elastification import elastify
 from .evaluation import evaluate_subnetworks
 from .export import export_cascade, export_subnetwork, export_subnetworks
 from .hub import push_checkpoint
@@ -25,6 +26,7 @@ __all__ = [
     "choose_num_heads",
     "convert_original_checkpoint",
     "create_model_card",
+    "elastify",
     "evaluate_cascade",
     "evaluate_subnetworks",
     "export_cascade",

@@ -1,9 +1,11 @@
 """Makes the image processor of a model."""
 
-from transformers import ViTImageProcessorPil
+from transformers import AutoImageProcessor, ViTImageProcessorPil
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
+from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
 
 from .model.configuration_hydravit import HydraViTConfig, as_pair
+from .model.sources_hydravit import read_timm_config
 
 
 def make_image_processor(
@@ -59,3 +61,20 @@ def make_image_processor(
         image_std=list(image_std),
         **crop,
     )
+
+
+def load_image_processor(source: str, config: HydraViTConfig, crop_fraction: float = 1.0):
+    """Load the image processor of a saved ViT, or make that of a timm model, for the images of `config`.
+
+    Args:
+        source: Folder or Hub id of the model. If it has no image processor, one is made with `crop_fraction`.
+        config: Configuration of the model to make of it. Its image size may differ.
+    """
+    if cached_file(source, IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False):
+        processor = AutoImageProcessor.from_pretrained(source)
+        size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
+        if (size.get("height"), size.get("width")) == as_pair(config.image_size):
+            return processor
+        return make_image_processor(config, processor.image_mean, processor.image_std)
+    timm = (read_timm_config(source) or {}).get("pretrained_cfg", {})
+    return make_image_processor(config, timm.get("mean"), timm.get("std"), timm.get("crop_pct", crop_fraction))

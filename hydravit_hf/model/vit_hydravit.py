@@ -6,40 +6,14 @@ This file travels with each saved checkpoint as remote code.
 
 import re
 
-import torch
-from transformers import (
-    AutoModelForImageClassification,
-    DeiTPreTrainedModel,
-    PreTrainedModel,
-    ViTConfig,
-    ViTForImageClassification,
-    ViTModel,
-    ViTPreTrainedModel,
-)
+from transformers import ViTConfig, ViTForImageClassification, ViTModel
 from transformers.utils import logging
 
-from .configuration_hydravit import HydraViTConfig, grid_of
+from .configuration_hydravit import grid_of
 from .nesting_hydravit import assemble, fill_leading_blocks, fit_positions_to_grid, leading_blocks, own_parameters
+from .sources_hydravit import SHARED_ARGUMENTS, read_source
 
 logger = logging.get_logger(__name__)
-
-# Arguments that mean the same in `HydraViTConfig` and `ViTConfig`
-SHARED_ARGUMENTS = (
-    "num_attention_heads",
-    "num_hidden_layers",
-    "image_size",
-    "patch_size",
-    "num_channels",
-    "qkv_bias",
-    "hidden_act",
-    "layer_norm_eps",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "initializer_range",
-    "id2label",
-    "label2id",
-    "problem_type",
-)
 
 
 class ViTConversionMixin:
@@ -47,21 +21,25 @@ class ViTConversionMixin:
 
     @classmethod
     def from_vit(cls, vit_or_deit, num_attention_heads: int = 12, **config_kwargs):
-        """Start from a published ViT or DeiT (paper, "initialised from DeiT-tiny").
+        """Start from a published ViT (paper, "initialised from DeiT-tiny").
 
-        A DeiT's distillation token is left behind with a warning, because a HydraViT has none.
+        The leading heads are those that the ViT happens to have first. `hydravit_hf.elastify` orders them by what they
+        contribute. LayerScale is folded into the weights. A DeiT's distillation token is left behind with a warning,
+        because a HydraViT has none.
 
         Args:
-            vit_or_deit: A ViT or DeiT of transformers, with or without classifier, or its path or Hub id.
+            vit_or_deit: A ViT, DeiT, ViTMAE, ViTMSN or DINOv2 of transformers, or a `vit_*` or `deit_*` of timm, with
+                or without classifier: the model, its path or its Hub id. Of timm, a state dict will do.
             num_attention_heads: Number of heads that the new model holds. The given heads fill its leading block. If
                 it holds more, the others are newly initialised, with a warning. If it holds fewer, it takes the leading
                 ones.
             config_kwargs: Further arguments of `HydraViTConfig`. Another `num_labels` gives a new classifier. Another
-                `image_size` interpolates the position embeddings.
+                `image_size` interpolates the position embeddings. A state dict needs `head_dim` if it is not 64.
 
         Raises:
-            TypeError: The model is not a ViT or DeiT.
-            ValueError: The model's MLP is not a multiple of its width.
+            TypeError: `vit_or_deit` is no model, no state dict and no path.
+            ValueError: `vit_or_deit` is no plain ViT (the message names the reason) or lacks parameters, or its MLP is
+                not a multiple of its width.
 
         Example:
             >>> from transformers import ViTConfig, ViTForImageClassification
@@ -72,18 +50,29 @@ class ViTConversionMixin:
             >>> model.config.head_dim, model.config.subnetwork_heads
             (16, [3])
         """
-        if not isinstance(vit_or_deit, PreTrainedModel):
-            vit_or_deit = AutoModelForImageClassification.from_pretrained(vit_or_deit)
-        vit = vit_or_deit
-        config = cls.config_class(**_arguments_of(vit, config_kwargs), num_attention_heads=num_attention_heads)
-        blocks = leading_blocks(_tensors_of(vit, config), config)
-        grid = grid_of(vit.config.image_size, vit.config.patch_size)
-        blocks = fit_positions_to_grid(blocks, grid, config.patch_grid)
+        source = read_source(vit_or_deit, config_kwargs.get("head_dim"))
+        arguments, tensors = source.arguments, source.tensors
+        if "num_labels" in config_kwargs:
+            for name in ("id2label", "label2id"):
+                arguments.pop(name, None)
+        config = cls.config_class(**arguments | config_kwargs | {"num_attention_heads": num_attention_heads})
+        classifier = tensors.get("classifier.weight")
+        if classifier is None or tuple(classifier.shape) != (config.num_labels, source.class_token.shape[-1]):
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("classifier.")}
+        elif config.separate_classifiers:
+            for name in ("classifier.weight", "classifier.bias"):
+                tensors[name] = tensors[name].expand(len(config.subnetwork_heads), *tensors[name].shape)
+        grid = grid_of(arguments["image_size"], arguments["patch_size"])
+        blocks = fit_positions_to_grid(leading_blocks(tensors, config), grid, config.patch_grid)
         model = cls(config)
-        missing = model.load_state_dict(fill_leading_blocks(model, blocks), strict=False)[0]
+        missing, unexpected = model.load_state_dict(fill_leading_blocks(model, blocks), strict=False)
+        if lost := [name for name in missing if not re.search("classifier[.]|recycling[.]", name)]:
+            raise ValueError(f"The ViT lacks {', '.join(lost)}.")
+        if unknown := [name for name in unexpected if not name.startswith("classifier.")]:
+            raise ValueError(f"The HydraViT has no {', '.join(unknown)}, which the ViT has: check the arguments.")
         if missing:
             logger.warning(f"The ViT has no {', '.join(missing)} that fits: newly initialized.")
-        return model.to(vit.device, vit.dtype).train(vit.training)
+        return model.to(source.class_token.device, source.class_token.dtype).train(source.training)
 
     def to_vit(self, num_heads: int | None = None):
         """Convert the subnetwork with the leading `num_heads` heads (None: the default width) to a stock ViT.
@@ -115,38 +104,3 @@ class ViTConversionMixin:
         else:
             vit = assemble(ViTForImageClassification, vit_config, blocks)
         return vit.train(self.training)
-
-
-def _arguments_of(vit: PreTrainedModel, overrides: dict) -> dict:
-    """The arguments of `HydraViTConfig` that a stock ViT or DeiT gives, without the number of heads."""
-    if not isinstance(vit, (ViTPreTrainedModel, DeiTPreTrainedModel)):
-        raise TypeError(f"`vit_or_deit` must be a ViT or DeiT of transformers, not {type(vit).__name__}.")
-    config = vit.config
-    if config.hidden_size % config.num_attention_heads or config.intermediate_size % config.hidden_size:
-        raise ValueError(
-            f"The ViT's intermediate_size={config.intermediate_size} must be a multiple of its hidden_size="
-            f"{config.hidden_size}, and that of its num_attention_heads={config.num_attention_heads}."
-        )
-    arguments = {name: getattr(config, name) for name in SHARED_ARGUMENTS if name != "num_attention_heads"}
-    if "num_labels" in overrides:
-        del arguments["id2label"], arguments["label2id"]
-    arguments["head_dim"] = config.hidden_size // config.num_attention_heads
-    arguments["mlp_ratio"] = config.intermediate_size // config.hidden_size
-    return arguments | overrides
-
-
-def _tensors_of(vit: PreTrainedModel, config: HydraViTConfig) -> dict[str, torch.Tensor]:
-    """The parameters of a stock ViT or DeiT, under the names that a HydraViT gives them."""
-    tensors = {f"hydravit.{name}": tensor for name, tensor in vit.base_model.state_dict().items()}
-    tensors = {name: tensor for name, tensor in tensors.items() if not re.search("pooler|mask_token", name)}
-    if tensors.pop("hydravit.embeddings.distillation_token", None) is not None:
-        logger.warning("HydraViT has no distillation token: that of the DeiT is left behind, and so its logits differ.")
-        positions = tensors["hydravit.embeddings.position_embeddings"]
-        tensors["hydravit.embeddings.position_embeddings"] = torch.cat((positions[:, :1], positions[:, 2:]), dim=1)
-    for name, tensor in vit.state_dict().items():
-        match = re.fullmatch("(?:cls_)?(classifier[.](?:weight|bias))", name)
-        if match and len(tensor) == config.num_labels:
-            if config.separate_classifiers:
-                tensor = tensor.expand(len(config.subnetwork_heads), *tensor.shape)
-            tensors[match[1]] = tensor
-    return tensors

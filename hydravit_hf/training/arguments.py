@@ -3,7 +3,7 @@
 
     data_args, model_args = parse_arguments(__doc__, (DataArguments, ModelArguments))
     data = data_args.load()
-    model, processor = make_model(data_args, model_args, data["train"].features["label"].names)
+    model, processor = make_model(data_args, model_args, data)
     train_images, test_images = make_datasets(data, processor)
 
 A script adds the arguments of its own loop. It needs the extra `train`.
@@ -16,12 +16,12 @@ from functools import partial
 from pathlib import Path
 
 import yaml
-from transformers import AutoImageProcessor, HfArgumentParser, TrainingArguments
-from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
+from transformers import HfArgumentParser, PreTrainedConfig, TrainingArguments
 
-from ..image_processing import make_image_processor
+from ..image_processing import load_image_processor, make_image_processor
 from ..model.configuration_hydravit import HydraViTConfig
 from ..model.modeling_hydravit import HydraViTForImageClassification
+from ..model.sources_hydravit import read_source
 from ..reporting import format_table
 from .augmentation import StreamedTrainingImages, TrainingAugmentation, TrainingImages
 from .runs import last_whole_checkpoint, list_checkpoints
@@ -79,7 +79,8 @@ class ModelArguments:
     _argument_group_name = "model (default: a new one)"
 
     model_name_or_path: str | None = option(None, "HydraViT to start from.")
-    from_vit: str | None = option(None, "ViT or DeiT to start from.")
+    from_vit: str | None = option(None, "ViT to start from: its folder or Hub id.")
+    elastify: bool = option(False, "Order the ViT's directions, heads and neurons first. The ViT teaches, if it can.")
     ignore_mismatched_sizes: bool = option(False, "Give a HydraViT of other labels a new classifier.")
     num_attention_heads: int = option(12, "Heads of a new model, or of one made from a ViT.")
     num_hidden_layers: int | None = option(None, "Layers of a new model. Default: 12, or 3 for the digits.")
@@ -95,6 +96,8 @@ class ModelArguments:
     def __post_init__(self):
         if self.model_name_or_path and self.from_vit:
             raise ValueError("give --model_name_or_path or --from_vit, not both")
+        if self.elastify and not self.from_vit:
+            raise ValueError("--elastify orders the parts of a ViT: give --from_vit too")
 
 
 @dataclass
@@ -212,14 +215,15 @@ def parse_arguments(doc: str, classes: tuple[type, ...], **defaults) -> list:
         parser.error(str(error))
 
 
-def make_model(data_args: DataArguments, model_args: ModelArguments, labels: list[str]):
+def make_model(data_args: DataArguments, model_args: ModelArguments, data):
     """Make the model to train, and its image processor.
 
     Args:
         data_args: The digits get a small model, if it is a new one.
         model_args: The start and the overrides of its configuration.
-        labels: Names of the classes.
+        data: The splits "train" and "test", as `DataArguments.load` gives them.
     """
+    labels = data["train"].features["label"].names
     sizes = {name: value for name in DIGITS if (value := getattr(model_args, name)) is not None}
     options = {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
     for name in ("drop_path_rate", "subnetwork_heads", "subnetwork_weights", "separate_classifiers", "token_recycling"):
@@ -241,16 +245,33 @@ def make_model(data_args: DataArguments, model_args: ModelArguments, labels: lis
         options["image_size"] = sizes["image_size"]
     if model_args.from_vit:
         options |= {"num_attention_heads": model_args.num_attention_heads, "num_labels": len(labels)}
-        model = HydraViTForImageClassification.from_vit(start, **options)
-    else:
-        options["ignore_mismatched_sizes"] = model_args.ignore_mismatched_sizes
-        model = HydraViTForImageClassification.from_pretrained(start, **options)
-    if not cached_file(start, IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False):
-        return model, make_image_processor(model.config, crop_fraction=model_args.crop_fraction)
-    processor = AutoImageProcessor.from_pretrained(start)
-    if "image_size" in sizes:
-        processor = make_image_processor(model.config, processor.image_mean, processor.image_std)
-    return model, processor
+        return _start_from_vit(start, data["train"], options, model_args)
+    options["ignore_mismatched_sizes"] = model_args.ignore_mismatched_sizes
+    model = HydraViTForImageClassification.from_pretrained(start, **options)
+    return model, load_image_processor(start, model.config, model_args.crop_fraction)
+
+
+def _start_from_vit(start: str, images, options: dict, model_args: ModelArguments):
+    source = read_source(start)
+    config = HydraViTConfig(
+        **source.arguments | {"image_size": options.get("image_size", source.arguments["image_size"])}
+    )
+    processor = load_image_processor(start, config, model_args.crop_fraction)
+    if not model_args.elastify:
+        return HydraViTForImageClassification.from_vit(source, **options), processor
+    from ..data import to_pixel_values
+    from ..elastification import elastify
+
+    return elastify(source, images.with_transform(to_pixel_values(processor)), **options), processor
+
+
+def find_teacher(teacher: str | None, model_args: ModelArguments, labels: list[str]) -> str | None:
+    """The teacher that is named, or else the ViT of `--elastify`, if it has the classes of the data."""
+    if teacher is not None or not model_args.elastify:
+        return teacher
+    config, _ = PreTrainedConfig.get_config_dict(model_args.from_vit)
+    names = config.get("label_names") or list(config.get("id2label", {}).values())
+    return model_args.from_vit if sorted(names) == sorted(labels) else None
 
 
 def make_datasets(

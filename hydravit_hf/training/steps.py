@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..model.configuration_hydravit import HydraViTConfig
+from .teacher import Lesson, Teacher
 
 SAMPLING = ("weighted", "uniform", "sandwich", "open_sandwich")
 
@@ -38,6 +39,29 @@ class SubnetworkTrainingArguments:
             "labels."
         },
     )
+    teacher: str | None = field(
+        default=None,
+        metadata={"help": "Frozen classifier with the same labels that teaches every width: its folder or Hub id."},
+    )
+    teacher_weight: float = field(
+        default=0.7,
+        metadata={"help": "Weight of the teacher's predictions (0 to 1). The other loss has the rest."},
+    )
+    hidden_state_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the distance to the leading channels of the teacher's hidden states."},
+    )
+    curriculum_steps: int = field(
+        default=0,
+        metadata={"help": "Optimizer steps over which the widths enter, the widest first; 0: all from the start."},
+    )
+    final_subnetwork_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Odds of the widths at the end of the training. The odds move there linearly from those in the "
+            "model's configuration. Default: they stay."
+        },
+    )
     mixup_alpha: float = field(
         default=0.0, metadata={"help": "Parameter of mixup's Beta distribution; 0 turns mixup off."}
     )
@@ -58,6 +82,8 @@ class SubnetworkTrainingArguments:
     def __post_init__(self):
         if not 0 <= self.distillation_weight <= 1:
             raise ValueError(f"`distillation_weight` must be from 0 to 1, not {self.distillation_weight!r}.")
+        if not 0 <= self.teacher_weight <= 1:
+            raise ValueError(f"`teacher_weight` must be from 0 to 1, not {self.teacher_weight!r}.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be from 0 to below 1, not {self.ema_decay!r}.")
         if self.subnetwork_sampling not in SAMPLING:
@@ -69,17 +95,68 @@ class SubnetworkTrainingArguments:
                 "`distillation_weight` needs subnetwork_sampling='sandwich' or 'open_sandwich': the widest subnetwork "
                 "of a step teaches the others."
             )
-        for name in ("mixup_alpha", "cutmix_alpha", "sandwich_draws"):
+        if self.final_subnetwork_weights is not None and self.subnetwork_sampling == "uniform":
+            raise ValueError("`final_subnetwork_weights` needs another subnetwork_sampling than 'uniform'.")
+        for name in ("mixup_alpha", "cutmix_alpha", "sandwich_draws", "hidden_state_weight", "curriculum_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, not {getattr(self, name)!r}.")
 
-    def sample(self, config: HydraViTConfig, seed: int, step: int) -> list[int]:
-        """The head counts that a step trains, the widest first; see `sample_subnetworks`."""
-        return sample_subnetworks(config, seed, step, self.subnetwork_sampling, self.sandwich_draws)
+    def sample(self, config: HydraViTConfig, seed: int, step: int, max_steps: int) -> list[int]:
+        """The head counts that a step of `max_steps` trains, the widest first; see `sample_subnetworks`."""
+        odds = schedule_odds(config, step, max_steps, self.curriculum_steps, self.final_subnetwork_weights)
+        return sample_subnetworks(config, seed, step, self.subnetwork_sampling, self.sandwich_draws, odds)
+
+
+def schedule_odds(
+    config: HydraViTConfig,
+    step: int,
+    max_steps: int,
+    curriculum_steps: int = 0,
+    final_weights: list[float] | None = None,
+) -> dict[int, float]:
+    """Compute the odds of the head counts that a step draws from.
+
+    Args:
+        config: Configuration of the model. It has the `subnetwork_heads`, and the odds at the first step.
+        step: Number of optimizer steps taken.
+        max_steps: Optimizer steps of the whole training.
+        curriculum_steps: Steps over which the widths enter, one after the other, the widest first. Narrow widths learn
+            later so (progressive shrinking, https://arxiv.org/abs/1908.09791).
+        final_weights: Odds at the last step. The odds move there linearly. None keeps the first ones.
+
+    Raises:
+        ValueError: There is not one positive sum of `final_weights`, with one for each of `subnetwork_heads`.
+
+    Example:
+        >>> from hydravit_hf import HydraViTConfig
+        >>> from hydravit_hf.training.steps import schedule_odds
+        >>> config = HydraViTConfig(num_attention_heads=6)
+        >>> [list(schedule_odds(config, step, max_steps=9, curriculum_steps=4)) for step in (0, 1, 4)]
+        [[6], [5, 6], [3, 4, 5, 6]]
+    """
+    heads, odds = config.subnetwork_heads, np.array(config.subnetwork_odds)
+    if final_weights is not None:
+        last = np.array(final_weights, dtype=float)
+        if last.shape != odds.shape or (last < 0).any() or not 0 < last.sum() < np.inf:
+            raise ValueError(
+                f"`final_subnetwork_weights` must be {len(heads)} odds, one for each of {heads}, not {final_weights}."
+            )
+        progress = min(1.0, step / max(1, max_steps - 1))
+        odds = (1 - progress) * odds + progress * last / last.sum()
+    entered = len(heads)
+    if step < curriculum_steps:
+        entered = min(entered, 1 + step * entered // curriculum_steps)
+    odds = odds[-entered:] if odds[-entered:].any() else np.ones(entered)
+    return dict(zip(heads[-entered:], odds.tolist(), strict=True))
 
 
 def sample_subnetworks(
-    config: HydraViTConfig, seed: int, step: int, sampling: str = "weighted", sandwich_draws: int = 1
+    config: HydraViTConfig,
+    seed: int,
+    step: int,
+    sampling: str = "weighted",
+    sandwich_draws: int = 1,
+    odds: dict[int, float] | None = None,
 ) -> list[int]:
     """Draw the head counts that a step trains, the widest first.
 
@@ -96,6 +173,7 @@ def sample_subnetworks(
             "uniform": one, with equal odds. "sandwich": the widest, the narrowest, and others by the odds
             (https://arxiv.org/abs/1903.05134). "open_sandwich": the narrowest, and others by the odds.
         sandwich_draws: Number of widths that a sandwich draws beside its ends, if there are as many.
+        odds: Head counts to draw from and their odds, in place of those of the configuration; see `schedule_odds`.
 
     Raises:
         ValueError: The `sampling` is unknown, or token recycling meets another one than "weighted".
@@ -113,14 +191,16 @@ def sample_subnetworks(
         return [config.num_heads_active]
     if config.token_recycling:
         return [config.num_attention_heads]
-    heads, odds = config.subnetwork_heads, config.subnetwork_odds
+    if odds is None:
+        odds = dict(zip(config.subnetwork_heads, config.subnetwork_odds, strict=True))
+    heads, shares = [*odds], np.array([*odds.values()])
     generator = np.random.default_rng([seed, step])
     if sampling == "uniform":
         return [int(generator.choice(heads))]
     if sampling == "weighted":
-        return [int(generator.choice(heads, p=odds))]
+        return [int(generator.choice(heads, p=shares / shares.sum()))]
     ends = {heads[0]} if sampling == "open_sandwich" else {heads[0], heads[-1]}
-    others = {num_heads: share for num_heads, share in zip(heads, odds, strict=True) if num_heads not in ends}
+    others = {num_heads: share for num_heads, share in odds.items() if num_heads not in ends}
     # A race of exponential clocks draws without replacement, and takes odds of zero last
     times = generator.exponential(size=len(others)) / np.maximum([*others.values()], 1e-12)
     drawn = [[*others][index] for index in np.argsort(times)[:sandwich_draws]]
@@ -168,18 +248,27 @@ class StepLoss:
     Args:
         num_widths: Number of widths in the step. Each loss is divided by it, so that their sum is their mean.
         distillation_weight, label_smoothing: As in `classification_loss`.
+        lesson: What a frozen teacher says to the images of the step. It teaches all widths.
     """
 
-    def __init__(self, num_widths: int, distillation_weight: float = 0.0, label_smoothing: float = 0.0):
+    def __init__(
+        self,
+        num_widths: int,
+        distillation_weight: float = 0.0,
+        label_smoothing: float = 0.0,
+        lesson: Lesson | None = None,
+    ):
         self.num_widths, self.distillation_weight = num_widths, distillation_weight
-        self.label_smoothing = label_smoothing
-        self.teacher_logits: torch.Tensor | None = None
+        self.label_smoothing, self.lesson = label_smoothing, lesson
+        self.widest_logits: torch.Tensor | None = None
 
     def __call__(self, outputs, targets: torch.Tensor) -> torch.Tensor:
         logits = outputs.get("stage_logits", outputs.logits)
-        loss = classification_loss(logits, targets, self.teacher_logits, self.distillation_weight, self.label_smoothing)
-        if self.distillation_weight and self.teacher_logits is None:
-            self.teacher_logits = outputs.logits.detach()
+        loss = classification_loss(logits, targets, self.widest_logits, self.distillation_weight, self.label_smoothing)
+        if self.distillation_weight and self.widest_logits is None:
+            self.widest_logits = outputs.logits.detach()
+        if self.lesson is not None:
+            loss = self.lesson.add_to(loss, logits, outputs.get("hidden_states"))
         return loss / self.num_widths
 
 
@@ -192,6 +281,7 @@ def backward_widths(
     distillation_weight: float = 0.0,
     label_smoothing: float = 0.0,
     accelerator=None,
+    teacher: Teacher | None = None,
 ) -> torch.Tensor:
     """Add the gradients of a batch at each width of a step.
 
@@ -206,6 +296,7 @@ def backward_widths(
         distillation_weight, label_smoothing: As in `classification_loss`.
         accelerator: An `accelerate.Accelerator`. It scales the gradients, and shares them among processes at the last
             width only.
+        teacher: Teaches every width.
 
     Returns:
         The mean loss of the widths, a scalar without gradient.
@@ -213,12 +304,14 @@ def backward_widths(
     Raises:
         FloatingPointError: A loss is not a number.
     """
-    step_loss = StepLoss(len(heads), distillation_weight, label_smoothing)
+    lesson = None if teacher is None else teacher(pixel_values)
+    step_loss = StepLoss(len(heads), distillation_weight, label_smoothing, lesson)
+    options = {"output_hidden_states": True} if teacher is not None and teacher.hidden_state_weight else {}
     total = 0.0
     for num_heads in heads:
         is_last = num_heads == heads[-1]
         with nullcontext() if is_last or accelerator is None else accelerator.no_sync(model):
-            loss = step_loss(model(pixel_values, num_heads_active=num_heads), targets)
+            loss = step_loss(model(pixel_values, num_heads_active=num_heads, **options), targets)
             check_loss(loss, num_heads, step)
             loss.backward() if accelerator is None else accelerator.backward(loss)
         total += loss.detach()

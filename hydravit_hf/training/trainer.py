@@ -26,6 +26,7 @@ from .averaging import AveragingTrainer
 from .optimizer import PrefixAdamW
 from .runs import RUN_FILE, Preemption, check_same_run, describe_data, last_whole_checkpoint
 from .steps import StepLoss, SubnetworkTrainingArguments, check_loss
+from .teacher import Teacher
 
 logger = logging.get_logger(__name__)
 
@@ -90,15 +91,19 @@ class HydraViTTrainer(AveragingTrainer):
     - When training ends, it writes the model card with a table of all widths into `output_dir`, if there is an
       `eval_dataset`.
 
-    The arguments are those of `Trainer`. The model is a single-label classifier. The datasets give `pixel_values` and
-    `labels`.
+    The model is a single-label classifier. The datasets give `pixel_values` and `labels`.
+
+    Args:
+        teacher: A frozen classifier with the same labels, or its path or Hub id, that teaches every width, such as the
+            ViT that the model was made from. None means `args.teacher`. All widths of a step share its pass.
+        args, kwargs: As in `Trainer`.
 
     Raises:
         ValueError: The arguments or the data can't be trained with. It is raised before training if possible.
         FloatingPointError: A loss is not a number.
     """
 
-    def __init__(self, *args, compute_metrics=None, preprocess_logits_for_metrics=None, **kwargs):
+    def __init__(self, *args, teacher=None, compute_metrics=None, preprocess_logits_for_metrics=None, **kwargs):
         self._user_metrics, self._user_preprocess = compute_metrics, preprocess_logits_for_metrics
         self._every_width = False
         self._eval_width: int | None = None  # the width of a pass that evaluates one alone
@@ -115,6 +120,7 @@ class HydraViTTrainer(AveragingTrainer):
         self._check_arguments()
         config = self._config = self.model.config
         self._eval_heads = [config.check_num_heads(k) for k in self.args.eval_heads or config.subnetwork_heads]
+        self._teacher = Teacher.of_arguments(self.args, config, teacher)
         self.add_callback(_EpochCallback)
         self.add_callback(_PreemptionCallback(self))
         if self.args.write_model_card and self.eval_dataset is not None:
@@ -225,10 +231,16 @@ class HydraViTTrainer(AveragingTrainer):
                 mixup_alpha=args.mixup_alpha,
                 cutmix_alpha=args.cutmix_alpha,
             )
-        heads = args.sample(self._config, args.seed, step)
+        heads = args.sample(self._config, args.seed, step, self.state.max_steps)
         if args.freeze_unused_weights:
             self.optimizer.optimizer.num_heads = heads[0]
-        self._step_loss, loss = StepLoss(len(heads), args.distillation_weight, args.label_smoothing_factor), 0.0
+        lesson = None
+        if self._teacher is not None:
+            with self.compute_loss_context_manager():
+                lesson = self._teacher(inputs["pixel_values"])
+            inputs["output_hidden_states"] = bool(args.hidden_state_weight)
+        self._step_loss = StepLoss(len(heads), args.distillation_weight, args.label_smoothing_factor, lesson)
+        loss = 0.0
         for num_heads in heads:  # as `backward_widths` does, with the backward pass of `Trainer`
             with nullcontext() if num_heads == heads[-1] else self.accelerator.no_sync(model):
                 width_loss = super().training_step(model, {**inputs, "num_heads_active": num_heads}, num_items_in_batch)

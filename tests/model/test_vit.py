@@ -70,7 +70,7 @@ def test_a_model_from_a_vit_may_have_other_labels():
 
 
 def test_what_is_no_vit_is_an_error(model):
-    with pytest.raises(TypeError, match="HydraViTForImageClassification"):
+    with pytest.raises(ValueError, match="it is a HydraViT already"):
         HydraViTForImageClassification.from_vit(model)
     with pytest.raises(ValueError, match="intermediate_size=40"):
         HydraViTForImageClassification.from_vit(ViTModel(ViTConfig(**VIT | {"intermediate_size": 40})))

@@ -18,6 +18,7 @@ from hydravit_hf.training.steps import (
     check_loss,
     classification_loss,
     sample_subnetworks,
+    schedule_odds,
 )
 
 SAMPLING = ["weighted", "uniform", "sandwich", "open_sandwich"]
@@ -184,7 +185,7 @@ def test_the_ends_of_the_ranges_are_allowed():
 def test_the_arguments_draw_what_they_say(sampling):
     config, arguments = make_config(**SIX), SubnetworkTrainingArguments(sampling, sandwich_draws=2)
     for step in range(100):
-        assert arguments.sample(config, 3, step) == sample_subnetworks(config, 3, step, sampling, 2)
+        assert arguments.sample(config, 3, step, 100) == sample_subnetworks(config, 3, step, sampling, 2)
 
 
 # Losses
@@ -362,3 +363,65 @@ def test_backward_widths_stops_at_a_loss_that_is_no_number_before_its_gradient_i
     with pytest.raises(FloatingPointError, match="The loss at step 7, with 4 heads, is nan"):
         backward_widths(model, pixel_values, labels, [4, 3], 7)
     assert all(gradient is None for gradient in gradients_of(model).values())
+
+
+# Odds that change over the run
+
+
+def test_widths_enter_one_after_the_other_the_widest_first():
+    config = make_config(**SIX)
+    entered = [len(schedule_odds(config, step, 100, curriculum_steps=30)) for step in range(40)]
+    assert entered == sorted(entered)
+    assert entered[0] == 1
+    assert set(entered) == {1, 2, 3, 4, 5, 6}
+    assert entered[29:] == [6] * 11
+    for step in range(40):
+        odds = schedule_odds(config, step, 100, curriculum_steps=30)
+        assert list(odds) == config.subnetwork_heads[-len(odds) :]
+        for sampling in SAMPLING:
+            assert set(sample_subnetworks(config, 0, step, sampling, 2, odds)) <= set(odds)
+
+
+def test_without_a_curriculum_the_draws_are_those_of_the_configuration():
+    config = make_config(**SIX | {"subnetwork_weights": [6, 5, 4, 3, 2, 1]})
+    for sampling in SAMPLING:
+        for step in range(50):
+            odds = schedule_odds(config, step, 50)
+            assert sample_subnetworks(config, 3, step, sampling, 2, odds) == sample_subnetworks(
+                config, 3, step, sampling, 2
+            )
+
+
+def test_odds_move_linearly_to_those_at_the_end():
+    config = make_config(num_attention_heads=4, subnetwork_weights=[3, 1])
+    final = [0, 5]
+    assert schedule_odds(config, 0, 11, final_weights=final) == {3: 0.75, 4: 0.25}
+    halfway = schedule_odds(config, 5, 11, final_weights=final)
+    assert halfway == pytest.approx({3: 0.375, 4: 0.625})
+    for step in (10, 11, 99):  # a resumed run may be longer
+        assert schedule_odds(config, step, 11, final_weights=final) == {3: 0, 4: 1}
+
+
+@pytest.mark.parametrize("final", [[1], [1, 2, 3], [0, 0], [-1, 2], [float("nan"), 1], [float("inf"), 1]])
+def test_final_odds_that_fit_no_widths_are_refused(final):
+    with pytest.raises(ValueError, match=r"2 odds, one for each of \[3, 4\]"):
+        schedule_odds(make_config(num_attention_heads=4), 0, 10, final_weights=final)
+
+
+def test_widths_without_odds_enter_with_equal_ones():
+    config = make_config(num_attention_heads=4, subnetwork_weights=[1, 0])
+    assert schedule_odds(config, 0, 10, curriculum_steps=4) == {4: 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"teacher_weight": 1.1}, "`teacher_weight` must be from 0 to 1"),
+        ({"hidden_state_weight": -1}, "`hidden_state_weight` must not be negative"),
+        ({"curriculum_steps": -1}, "`curriculum_steps` must not be negative"),
+        ({"final_subnetwork_weights": [1], "subnetwork_sampling": "uniform"}, "another subnetwork_sampling"),
+    ],
+)
+def test_arguments_out_of_their_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        SubnetworkTrainingArguments(**options)

@@ -215,7 +215,7 @@ def test_a_step_has_the_gradients_and_the_loss_of_backward_widths(make_trainer, 
     model = make_model(**{"subnetwork_heads": [1, 2, 3, 4]} | sizes)
     before = weights_of(model)
     trainer = make_trainer(model, label_smoothing_factor=0.1, **ONE_STEP, **options)
-    heads = trainer.args.sample(model.config, trainer.args.seed, 0)
+    heads = trainer.args.sample(model.config, trainer.args.seed, 0, 1)
     assert len(heads) == (1 if not options else 2 if options["subnetwork_sampling"] == "open_sandwich" else 3)
     batch = torch.stack([item["pixel_values"] for item in digits["train"]]), labels_of(digits["train"])
     loss = backward_widths(model.train(), *batch, heads, 0, options.get("distillation_weight", 0.0), 0.1)

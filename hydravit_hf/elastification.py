@@ -1,0 +1,265 @@
+"""Makes a published ViT elastic: moves what matters into its leading block, and leaves its function as it is.
+
+A ViT has freedoms that leave its logits as they are. `elastify` uses them to order its parts, before any training:
+
+1. The weight and bias of each layer norm go into the layers that read it. The norms are plain then.
+2. A rotation Q of the residual stream that keeps the vector of ones commutes with a plain norm: what writes to the
+   stream becomes Q W, and what reads from it W Q^T. Q takes the principal directions of the normalised stream, the
+   strongest first, into the leading channels.
+3. The heads of each layer, and the neurons of each MLP, are put in the order of their scores.
+
+Letters in shapes: B images, N tokens, D channels of the ViT, L layers, H heads, M neurons of an MLP.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
+
+from .evaluation import evaluating, make_loader
+from .model.modeling_hydravit import HydraViTForImageClassification
+from .model.sources_hydravit import Source, read_source
+
+
+def elastify(
+    vit,
+    images,
+    num_attention_heads: int | None = None,
+    max_images: int = 1024,
+    batch_size: int = 4,
+    disable_tqdm: bool = False,
+    **config_kwargs,
+) -> HydraViTForImageClassification:
+    """Make a published ViT elastic: order its directions, heads and neurons by what they contribute.
+
+    At the width of the ViT, the result gives the ViT's own logits. Its narrower widths are the best start for training
+    them (see docs/elastify.md), and the wider ones of a ViT often work without. The order needs no labels. The same
+    images give the same result. An encoder without classifier gets a new one; its features are rotated.
+
+    Args:
+        vit: A ViT, DeiT, ViTMAE, ViTMSN or DINOv2 of transformers, or a `vit_*` or `deit_*` of timm: the model, its
+            path or its Hub id. Of timm, a state dict will do. It stays as it is.
+        images: Images to find the order on, such as those of the training: a dataset of items with `pixel_values`,
+            (C, H, W), or a `DataLoader` of batches of them.
+        num_attention_heads: Number of heads that the new model holds. None means those of the ViT. If it is more, the
+            others are newly initialised, with a warning.
+        max_images: Number of images to take. They are spread evenly over a dataset; a `DataLoader` gives its first.
+        batch_size: Number of images in a pass. Memory grows with it; a GPU is faster with 32 or more.
+        disable_tqdm: Whether to hide the progress bar.
+        config_kwargs: Further arguments of `HydraViTConfig`, as in `from_vit`.
+
+    Raises:
+        TypeError: `vit` is no model, no state dict and no path.
+        ValueError: `vit` is no plain ViT (the message names the reason), or there are no images, or they don't fit the
+            ViT or are not finite.
+
+    Example:
+        >>> import torch
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> from hydravit_hf import elastify
+        >>> sizes = {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 192, "num_hidden_layers": 2}
+        >>> vit = ViTForImageClassification(ViTConfig(**sizes, image_size=32)).eval()
+        >>> images = torch.randn(8, 3, 32, 32)
+        >>> model = elastify(vit, [{"pixel_values": image} for image in images], disable_tqdm=True)
+        >>> torch.allclose(model(images).logits, vit(images).logits, atol=1e-4)
+        True
+    """
+    source = read_source(vit, config_kwargs.pop("head_dim", None))
+    image_size = {name: config_kwargs.pop(name) for name in ("image_size",) if name in config_kwargs}
+    model = HydraViTForImageClassification.from_vit(
+        _with_biases(source), source.arguments["num_attention_heads"], **image_size
+    )
+    fold_norms(model)
+    statistics = _measure(model, _take(images, max_images, batch_size), max_images, disable_tqdm)
+    rotate(model, find_rotation(statistics.stream))
+    order(model, *(scores.argsort(descending=True, stable=True) for scores in (statistics.heads, statistics.neurons)))
+    if config_kwargs or num_attention_heads not in (None, model.config.num_attention_heads):
+        heads = num_attention_heads or model.config.num_attention_heads
+        model = HydraViTForImageClassification.from_vit(model.to_vit(), heads, **config_kwargs)
+    return model.train(source.training)
+
+
+def _with_biases(source: Source) -> Source:
+    """Give projections without bias one of zeros, because the biases of the norms need a place."""
+    for name, weight in list(source.tensors.items()):
+        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+            source.tensors.setdefault(name.replace("weight", "bias"), weight.new_zeros(len(weight)))
+    source.arguments["qkv_bias"] = True
+    return source
+
+
+def _take(images, max_images: int, batch_size: int) -> DataLoader:
+    if not isinstance(images, DataLoader) and hasattr(images, "__len__") and len(images) > max_images:
+        images = Subset(images, np.linspace(0, len(images) - 1, max_images).round().astype(int).tolist())
+    return make_loader(images, batch_size)
+
+
+@torch.no_grad()
+def fold_norms(model: HydraViTForImageClassification):
+    """Move the weight and bias of each layer norm into the layers that read it, in place."""
+
+    def fold(norm: nn.LayerNorm, *readers: nn.Linear):
+        for reader in readers:
+            reader.bias += (reader.weight.double() @ norm.bias.double()).to(reader.bias.dtype)
+            reader.weight *= norm.weight
+        norm.weight.fill_(1)
+        norm.bias.zero_()
+
+    for layer in model.hydravit.layers:
+        attention = layer.attention
+        fold(layer.layernorm_before, attention.q_proj, attention.k_proj, attention.v_proj)
+        fold(layer.layernorm_after, layer.mlp.fc1)
+    fold(model.hydravit.layernorm, model.classifier)
+
+
+@dataclass
+class Statistics:
+    """What the order is found by.
+
+    - `stream`: (D, D), the second moments of the normalised stream, summed over all norms.
+    - `heads`, `neurons`: (L, H) and (L, M), the scores: the sum over the images of |sum over the tokens of activation
+      x gradient|, for a random projection of the class token. It estimates to first order how the class token changes
+      without the part. Neither labels nor a classifier are needed.
+    """
+
+    stream: torch.Tensor
+    heads: torch.Tensor
+    neurons: torch.Tensor
+
+
+def _measure(model: HydraViTForImageClassification, loader, max_images: int, disable_tqdm: bool) -> Statistics:
+    """Run images through a model with plain norms. It keeps sums only, in float64."""
+    encoder, config = model.hydravit, model.config
+    zeros = partial(torch.zeros, dtype=torch.float64)
+    statistics = Statistics(
+        stream=zeros(config.hidden_size, config.hidden_size),
+        heads=zeros(config.num_hidden_layers, config.num_attention_heads),
+        neurons=zeros(config.num_hidden_layers, config.intermediate_size),
+    )
+
+    def add_stream(norm, inputs, output):
+        tokens = output.detach().float()
+        tokens = tokens[:, 0] if norm is encoder.layernorm else tokens.flatten(0, 1)  # the classifier reads one token
+        statistics.stream += (tokens.T @ tokens / len(tokens)).double().cpu() * len(output)
+
+    def add_scores(scores, linear, inputs):
+        (activations,) = inputs
+
+        def add(gradients):
+            changes = (activations.detach().float() * gradients.float()).sum(1)  # (B, D) or (B, M)
+            changes = changes.unflatten(1, (len(scores), -1)).sum(2).abs()
+            scores.add_(changes.sum(0).double().cpu())
+
+        activations.register_hook(add)
+
+    hooks = [encoder.layernorm.register_forward_hook(add_stream)]
+    for layer, head_scores, neuron_scores in zip(encoder.layers, statistics.heads, statistics.neurons, strict=True):
+        hooks += [norm.register_forward_hook(add_stream) for norm in (layer.layernorm_before, layer.layernorm_after)]
+        hooks.append(layer.attention.o_proj.register_forward_pre_hook(partial(add_scores, head_scores)))
+        hooks.append(layer.mlp.fc2.register_forward_pre_hook(partial(add_scores, neuron_scores)))
+    model.requires_grad_(False)  # gradients of the activations are enough
+    generator, count = torch.Generator().manual_seed(0), 0
+    try:
+        with evaluating(model), tqdm(desc="Measuring", unit="images", disable=disable_tqdm, leave=False) as progress:
+            for batch in loader:
+                pixel_values = _pixel_values_of(batch)[: max_images - count].to(model.device)
+                token = encoder(pixel_values.requires_grad_(), config.num_attention_heads).pooler_output
+                if not torch.isfinite(token).all():
+                    raise ValueError(f"`images` {count} to {count + len(token) - 1} give features that are no numbers.")
+                signs = torch.randint(2, token.shape, generator=generator) * 2 - 1
+                (token * signs.to(token)).sum().backward()
+                count += len(token)
+                progress.update(len(token))
+                if count == max_images:
+                    break
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.requires_grad_(True)
+    if count == 0:
+        raise ValueError("`images` is empty: there is nothing to find the order on.")
+    return statistics
+
+
+def _pixel_values_of(batch) -> torch.Tensor:
+    if "pixel_values" not in batch:
+        raise ValueError(f"The items of `images` must have `pixel_values`; they have {', '.join(map(str, batch))}.")
+    return batch["pixel_values"].detach()
+
+
+def helmert(width: int) -> torch.Tensor:
+    """Make the Helmert matrix, an orthogonal (D, D). Its last column is the vector of ones, normalised. Column j of the
+    others is constant in the first j + 1 channels, sums to zero, and is zero after the next channel."""
+    rows = torch.arange(1, width + 1, dtype=torch.float64)[:, None]
+    columns = torch.arange(1, width, dtype=torch.float64)
+    matrix = (rows <= columns).double() - columns * (rows == columns + 1)
+    ones = torch.full((width, 1), width**-0.5, dtype=torch.float64)
+    return torch.cat((matrix / (columns * (columns + 1)).sqrt(), ones), dim=1)
+
+
+def find_rotation(stream: torch.Tensor) -> torch.Tensor:
+    """Find the rotation Q, (D, D), that takes the strongest directions of a stream into the leading channels.
+
+    Q keeps the vector of ones, so that it commutes with a plain layer norm. Less their mean, which a layer norm
+    removes, the first k channels hold the k - 1 strongest directions and nothing else, for any k.
+
+    Args:
+        stream: Second moments of the normalised stream, (D, D).
+    """
+    width = len(stream)
+    mean = torch.full((width, width), 1 / width, dtype=torch.float64)
+    centre = torch.eye(width, dtype=torch.float64) - mean
+    # The ones get the least eigenvalue, so that they are the last direction
+    directions = torch.linalg.eigh(centre @ stream @ centre - stream.trace() * mean).eigenvectors.flip(1)
+    largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
+    return helmert(width) @ (directions * largest.sign()).T
+
+
+@torch.no_grad()
+def rotate(model: HydraViTForImageClassification, rotation: torch.Tensor):
+    """Rotate the residual stream of a model with plain norms, in place."""
+    rotation = rotation.to(model.device)
+
+    def rotate_columns(parameter: torch.Tensor):
+        parameter.copy_(parameter.double() @ rotation.T)
+
+    def rotate_rows(parameter: torch.Tensor):
+        parameter.copy_((rotation @ parameter.flatten(1).double()).view_as(parameter))
+
+    embeddings = model.hydravit.embeddings
+    rotate_columns(embeddings.cls_token)
+    rotate_columns(embeddings.position_embeddings)
+    writers, readers = [embeddings.patch_embeddings.projection], [model.classifier]
+    for layer in model.hydravit.layers:
+        attention, mlp = layer.attention, layer.mlp
+        readers += [attention.q_proj, attention.k_proj, attention.v_proj, mlp.fc1]
+        writers += [attention.o_proj, mlp.fc2]
+    for reader in readers:
+        rotate_columns(reader.weight)
+    for writer in writers:
+        rotate_rows(writer.weight)
+        rotate_columns(writer.bias)
+
+
+@torch.no_grad()
+def order(model: HydraViTForImageClassification, heads: torch.Tensor, neurons: torch.Tensor):
+    """Put the heads and neurons of each layer in an order, in place.
+
+    Args:
+        model: The model.
+        heads, neurons: Indices in the new order, (L, H) and (L, M).
+    """
+    for layer, head_order, neuron_order in zip(model.hydravit.layers, heads, neurons, strict=True):
+        attention, mlp = layer.attention, layer.mlp
+        channels = torch.arange(model.config.hidden_size).unflatten(0, (-1, attention.head_dim))[head_order].flatten()
+        for linears, reader, indices in (
+            ((attention.q_proj, attention.k_proj, attention.v_proj), attention.o_proj, channels),
+            ((mlp.fc1,), mlp.fc2, neuron_order),
+        ):
+            for parameter in (parameter for linear in linears for parameter in linear.parameters()):
+                parameter.copy_(parameter[indices])
+            reader.weight.copy_(reader.weight[:, indices])
