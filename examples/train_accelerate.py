@@ -193,6 +193,8 @@ def main(preemption: runs.Preemption):
         recipe = {name: value for name, value in recipe.items() if name not in unused and value is not False}
         recipe = yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None)
         card = arguments.describe_card(data_args, model_args, test_images)
+        if teacher is not None:
+            card |= arguments.describe_teacher(widths.teacher, teacher.model, test_images, card["dataset_name"])
         card |= {"title": model_id.rpartition("/")[2], "model_id": model_id}
         card["training"] = f"Made by `examples/train_accelerate.py` of `hydravit_hf` with\n\n```yaml\n{recipe}```"
         save_model_card(run.output_dir, plain_model, rows, **card)

@@ -23,6 +23,7 @@ from hydravit_hf.training.arguments import (
     DataArguments,
     ModelArguments,
     describe_card,
+    describe_teacher,
     find_checkpoint,
     find_teacher,
     make_datasets,
@@ -73,6 +74,8 @@ def main():
         processing_class=processor,  # saved with the model
     )
     card = describe_card(data_args, model_args, test_images)
+    if trainer.teacher is not None and trainer.is_world_process_zero():
+        card |= describe_teacher(training_args.teacher, trainer.teacher.model, test_images, card["dataset_name"])
     card["training"] = f"Made by\n\n```bash\n{shlex.join(['python', 'examples/train_trainer.py', *sys.argv[1:]])}\n```"
     if writer := trainer.pop_callback(ModelCardCallback):
         writer.card |= card

@@ -334,6 +334,92 @@ def convert(
 
 
 @app.command()
+def elastify(
+    vit: Annotated[
+        str, typer.Argument(metavar="VIT", help="ViT, DeiT, ViTMAE, ViTMSN or DINOv2, or vit_* or deit_* of timm.")
+    ],
+    images: Annotated[str, typer.Argument(metavar="IMAGES", help="Images to find the order on: as DATA elsewhere.")],
+    folder: NewFolder,
+    num_attention_heads: Annotated[
+        int | None, typer.Option(min=1, metavar="K", help="Heads to hold. More are new ones.", show_default="the ViT's")
+    ] = None,
+    max_images: Annotated[int, typer.Option(min=1, metavar="N", help="Number of images to take.")] = 1024,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Images in a pass.", show_default="few, which suit a CPU")
+    ] = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    config_name: ConfigName = None,
+    unlabelled: Annotated[
+        bool, typer.Option("--unlabelled", help="IMAGES is a folder without classes; nothing is evaluated.")
+    ] = False,
+    device: Device = None,
+):
+    """Make a published ViT elastic: order its parts by what they contribute. Its own logits stay.
+
+    Where the images have the classes of the ViT, every width is evaluated on those held out, and the card is written.
+    """
+    from .data import load_image_files, to_pixel_values
+    from .elastification import elastify
+    from .folders import check_new_or_empty
+    from .image_processing import load_image_processor
+    from .model.configuration_hydravit import HydraViTConfig
+    from .model.sources_hydravit import read_source
+
+    check_new_or_empty(folder)
+    with _naming(vit):
+        source = read_source(vit)
+    processor = load_image_processor(vit, HydraViTConfig(**source.arguments))
+    if unlabelled:
+        splits = {"train": load_image_files(images)}
+    else:
+        splits = _load_splits(images, image_column=image_column, label_column=label_column, name=config_name)
+    measured = splits["train"].with_transform(to_pixel_values(processor))
+    model = elastify(source, measured, num_attention_heads, max_images, batch_size, _device(device))
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    size = f"{model.num_parameters() / 1e6:.2f} M parameters"
+    print(f"Saved a HydraViT of {model.config.num_attention_heads} heads and {size} to {folder}")
+    test = splits.get("test")
+    if (
+        test is None
+        or "classifier.weight" not in source.tensors
+        or not set(test.features["label"].names) <= model.config.label2id.keys()
+    ):
+        return print("The images do not have the classes of the ViT: no width was evaluated, and there is no card.")
+    recipe = f"`hydravit elastify` measured {min(max_images, len(measured))} images of {_short(images)}."
+    _evaluate_elastified(model, source, processor, test, folder, _short(vit), _short(images), recipe)
+
+
+def _evaluate_elastified(model, source, processor, test, folder: Path, vit: str, images: str, recipe: str):
+    """Evaluate every width beside the ViT that the model was made from, and write the card."""
+    from .data import align_labels, to_pixel_values
+    from .evaluation import evaluate_classifier, evaluate_subnetworks
+    from .model.modeling_hydravit import HydraViTForImageClassification
+    from .model_card import save_model_card
+
+    test = align_labels(test, model.config.label2id).with_transform(to_pixel_values(processor))
+    original = HydraViTForImageClassification.from_vit(source, source.arguments["num_attention_heads"])
+    accuracy = evaluate_classifier(original.to(model.device), test)["accuracy"]
+    rows = evaluate_subnetworks(model, test)
+    data = f"{len(test)} held-out images of {images}"
+    save_model_card(
+        folder,
+        model,
+        rows,
+        folder.resolve().name,
+        dataset_name=data,
+        results_note=f"Accuracy on {data}. The original, {vit}, has {accuracy:.2%}.",
+        training=f"{recipe} Nothing was trained.",
+        base_model=vit if "/" in vit else None,
+        ordered_from=vit,
+    )
+    _print_rows(rows)
+    print(f"\nThe original: {accuracy:.2%}, on {data}")
+    print(f"Wrote the card README.md, results.json and accuracy_over_macs.png to {folder}")
+
+
+@app.command()
 def card(
     folder: Folder,
     results: Annotated[
@@ -405,24 +491,33 @@ def push(
 
 
 def _load(model: str, device: str | None = None, **kwargs):
-    import torch
-
     from .model.modeling_hydravit import HydraViTForImageClassification
 
     with _naming(model):
         loaded = HydraViTForImageClassification.from_pretrained(model, **kwargs)
-    return loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return loaded.to(_device(device))
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _load_splits(data: str, **columns: str | None):
+    from .data import load_images
+
+    sources = {} if data == "digits" else {"data_dir" if Path(data).is_dir() else "dataset_name": data}
+    return load_images(**sources, **{name: value for name, value in columns.items() if value is not None})
 
 
 def _load_images(model: str, config, data: str, split: str, **columns: str | None):
     """Load labelled images and prepare them for a model, whose classes they must have."""
     from transformers import AutoImageProcessor
 
-    from .data import align_labels, check_labels, load_images, to_pixel_values
+    from .data import align_labels, check_labels, to_pixel_values
 
-    sources = {} if data == "digits" else {"data_dir" if Path(data).is_dir() else "dataset_name": data}
-    columns = {name: value for name, value in columns.items() if value is not None}
-    splits = load_images(**sources, **columns)
+    splits = _load_splits(data, **columns)
     if split not in splits:
         raise ValueError(f"`--split` must be one of {', '.join(splits)}, not '{split}'.")
     images = splits[split]
@@ -458,6 +553,11 @@ def _print_fitted(fitted: dict):
         print(f"{num_heads} heads: answers {share:.1%}, temperature {temperature:.3f}{goes_on}")
     cost = f"{fitted['macs'] / 1e9:.4g} GMACs" + (f", {fitted['latency_ms']:.4g} ms" if "latency_ms" in fitted else "")
     print(f"Accuracy {fitted['accuracy']:.2%} at {cost} per image; the widest alone {fitted['widest_accuracy']:.2%}")
+
+
+def _short(source: str) -> str:
+    """The Hub id, or the name of a local folder without those above it."""
+    return Path(source).resolve().name if Path(source).exists() else source
 
 
 def _print_rows(rows: list[dict]):

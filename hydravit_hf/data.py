@@ -176,6 +176,18 @@ def load_folder(folder: Path, **kwargs) -> DatasetDict:
     return load_dataset(str(folder), **kwargs)
 
 
+def load_image_files(folder: str | Path) -> Dataset:
+    """Load all images below a folder, without labels.
+
+    Raises:
+        OSError: The folder does not exist or holds no images.
+    """
+    files = [str(file) for file in _list_images(Path(folder))]
+    if not files:
+        raise FileNotFoundError(f"There are no images in '{folder}'.")
+    return Dataset.from_dict({"image": files}, features=Features({"image": Image()}))
+
+
 def hold_out(dataset: Dataset) -> DatasetDict:
     """Split a data set into train and test, with the same share of every class in both.
 
@@ -310,7 +322,7 @@ def _check_labelled(dataset: Dataset, label: str, split: str):
 def to_pixel_values(processor, augment=None):
     """Make a transform for `Dataset.with_transform`. It turns images and labels into what a model takes.
 
-    It reads the columns `image` and `label`, and gives `pixel_values`, (C, H, W), and `labels`.
+    It reads the columns `image` and, if there is one, `label`, and gives `pixel_values`, (C, H, W), and `labels`.
 
     Args:
         processor: The model's image processor.
@@ -334,7 +346,8 @@ def _to_pixel_values(batch: dict, processor, augment) -> dict:
     if augment is not None:
         images = [augment(image) for image in images]
     pixel_values = processor(images, return_tensors="pt")["pixel_values"]
-    return {"pixel_values": list(pixel_values), "labels": torch.tensor(batch["label"])}
+    labels = {"labels": torch.tensor(batch["label"])} if "label" in batch else {}
+    return {"pixel_values": list(pixel_values)} | labels
 
 
 def check_labels(dataset: Dataset, num_labels: int):

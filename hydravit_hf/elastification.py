@@ -11,6 +11,7 @@ A ViT has freedoms that leave its logits as they are. `elastify` uses them to or
 Letters in shapes: B images, N tokens, D channels of the ViT, L layers, H heads, M neurons of an MLP.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,10 +20,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
+from transformers.trainer_utils import has_length
 
 from .evaluation import evaluating, make_loader
 from .model.modeling_hydravit import HydraViTForImageClassification
 from .model.sources_hydravit import Source, read_source
+
+TOKENS = 800  # in a pass, by default: four images of 14 x 14 patches
 
 
 def elastify(
@@ -30,7 +34,8 @@ def elastify(
     images,
     num_attention_heads: int | None = None,
     max_images: int = 1024,
-    batch_size: int = 4,
+    batch_size: int | None = None,
+    device: str | torch.device | None = None,
     disable_tqdm: bool = False,
     **config_kwargs,
 ) -> HydraViTForImageClassification:
@@ -48,7 +53,9 @@ def elastify(
         num_attention_heads: Number of heads that the new model holds. None means those of the ViT. If it is more, the
             others are newly initialised, with a warning.
         max_images: Number of images to take. They are spread evenly over a dataset; a `DataLoader` gives its first.
-        batch_size: Number of images in a pass. Memory grows with it; a GPU is faster with 32 or more.
+        batch_size: Number of images in a pass. Memory grows with it. None takes few, which suit a CPU; a GPU is faster
+            with 32 or more.
+        device: Device to work on. None means that of the ViT.
         disable_tqdm: Whether to hide the progress bar.
         config_kwargs: Further arguments of `HydraViTConfig`, as in `from_vit`.
 
@@ -73,7 +80,10 @@ def elastify(
     model = HydraViTForImageClassification.from_vit(
         _with_biases(source), source.arguments["num_attention_heads"], **image_size
     )
+    model.to(device or model.device)
     fold_norms(model)
+    if batch_size is None:
+        batch_size = max(1, TOKENS // math.prod(model.config.patch_grid))
     statistics = _measure(model, _take(images, max_images, batch_size), max_images, disable_tqdm)
     rotate(model, find_rotation(statistics.stream))
     order(model, *(scores.argsort(descending=True, stable=True) for scores in (statistics.heads, statistics.neurons)))
@@ -93,7 +103,7 @@ def _with_biases(source: Source) -> Source:
 
 
 def _take(images, max_images: int, batch_size: int) -> DataLoader:
-    if not isinstance(images, DataLoader) and hasattr(images, "__len__") and len(images) > max_images:
+    if not isinstance(images, DataLoader) and has_length(images) and len(images) > max_images:
         images = Subset(images, np.linspace(0, len(images) - 1, max_images).round().astype(int).tolist())
     return make_loader(images, batch_size)
 
@@ -163,8 +173,9 @@ def _measure(model: HydraViTForImageClassification, loader, max_images: int, dis
         hooks.append(layer.mlp.fc2.register_forward_pre_hook(partial(add_scores, neuron_scores)))
     model.requires_grad_(False)  # gradients of the activations are enough
     generator, count = torch.Generator().manual_seed(0), 0
+    options = {"total": min(max_images, len(loader.dataset)) if has_length(loader.dataset) else None, "leave": False}
     try:
-        with evaluating(model), tqdm(desc="Measuring", unit="images", disable=disable_tqdm, leave=False) as progress:
+        with evaluating(model), tqdm(desc="Measuring", unit=" images", disable=disable_tqdm, **options) as progress:
             for batch in loader:
                 pixel_values = _pixel_values_of(batch)[: max_images - count].to(model.device)
                 token = encoder(pixel_values.requires_grad_(), config.num_attention_heads).pooler_output

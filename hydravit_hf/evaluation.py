@@ -93,6 +93,28 @@ def evaluate_subnetworks(
     ]
 
 
+@torch.no_grad()
+def evaluate_classifier(model: nn.Module, dataset, batch_size: int = 64) -> dict[str, float]:
+    """Evaluate any single-label classifier of transformers, such as the ViT that an elastic model was made from.
+
+    Args:
+        model: The classifier. It stays on its device and in its mode; it is evaluated in `eval()` mode.
+        dataset: As in `evaluate_subnetworks`.
+        batch_size: Number of images in a pass.
+
+    Returns:
+        `{"accuracy", "top5_accuracy", "loss"}`, as in `evaluate_subnetworks`.
+    """
+    scores = []
+    with evaluating(model):
+        for batch in make_loader(dataset, batch_size):
+            logits = model(batch["pixel_values"].to(model.device)).logits
+            scores.append(score(logits, batch["labels"].to(model.device)).cpu())
+    if not scores:
+        raise ValueError("There is nothing to evaluate on: the dataset is empty.")
+    return dict(zip(SCORES, torch.cat(scores).double().mean(0).tolist(), strict=True))
+
+
 def make_loader(dataset, batch_size: int, num_workers: int = 0) -> DataLoader:
     """Turn a dataset into a loader of its items in their order. A `DataLoader` stays as it is."""
     if isinstance(dataset, DataLoader):

@@ -33,6 +33,7 @@ def create_model_card(
     plot: str | None = None,
     license: str = "apache-2.0",
     base_model: str | None = None,
+    ordered_from: str | None = None,
 ) -> ModelCard:
     """Make a card for the Hub, with the accuracy of every width as `model-index` metadata.
 
@@ -51,6 +52,7 @@ def create_model_card(
         plot: Name of the plot, a file beside the card. None leaves it out.
         license: Licence of the weights.
         base_model: Hub id of the model that training started from.
+        ordered_from: Name of the ViT whose parts `elastify` has ordered, if no width was trained after it.
 
     Raises:
         ValueError: There are no results, a row lacks `num_heads` or `accuracy`, or the model does not hold a width.
@@ -116,6 +118,7 @@ def create_model_card(
         budget=f"{results[len(results) // 2]['macs']:.2e}".replace("e+0", "e").replace("e+", "e"),
         training=training,
         limits=limits,
+        ordered_from=ordered_from,
     )
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser, PreTrainedConfig, TrainingArguments
 
+from ..evaluation import evaluate_classifier
 from ..image_processing import load_image_processor, make_image_processor
 from ..model.configuration_hydravit import HydraViTConfig
 from ..model.modeling_hydravit import HydraViTForImageClassification
@@ -337,6 +338,13 @@ def describe_card(data_args: DataArguments, model_args: ModelArguments, test_ima
         "base_model": None if start is None or Path(start).exists() else start,
         "limits": None if count is None else f"One held-out image is {100 / count:.2f} points of accuracy.",
     }
+
+
+def describe_teacher(name: str, teacher, test_images, dataset_name: str) -> dict:
+    """The argument of `create_model_card` that says how good the teacher is on the held-out images."""
+    accuracy = evaluate_classifier(teacher, test_images)["accuracy"]
+    name = Path(name).resolve().name if Path(name).exists() else name
+    return {"results_note": f"Accuracy on {dataset_name}. The teacher, {name}, has {accuracy:.2%}."}
 
 
 def print_results(folder: Path, dataset_name: str):

@@ -120,7 +120,7 @@ class HydraViTTrainer(AveragingTrainer):
         self._check_arguments()
         config = self._config = self.model.config
         self._eval_heads = [config.check_num_heads(k) for k in self.args.eval_heads or config.subnetwork_heads]
-        self._teacher = Teacher.of_arguments(self.args, config, teacher)
+        self.teacher = Teacher.of_arguments(self.args, config, teacher)
         self.add_callback(_EpochCallback)
         self.add_callback(_PreemptionCallback(self))
         if self.args.write_model_card and self.eval_dataset is not None:
@@ -235,9 +235,9 @@ class HydraViTTrainer(AveragingTrainer):
         if args.freeze_unused_weights:
             self.optimizer.optimizer.num_heads = heads[0]
         lesson = None
-        if self._teacher is not None:
+        if self.teacher is not None:
             with self.compute_loss_context_manager():
-                lesson = self._teacher(inputs["pixel_values"])
+                lesson = self.teacher(inputs["pixel_values"])
             inputs["output_hidden_states"] = bool(args.hidden_state_weight)
         self._step_loss = StepLoss(len(heads), args.distillation_weight, args.label_smoothing_factor, lesson)
         loss = 0.0
