@@ -84,7 +84,7 @@ def elastify(
     fold_norms(model)
     if batch_size is None:
         batch_size = max(1, TOKENS // math.prod(model.config.patch_grid))
-    statistics = _measure(model, _take(images, max_images, batch_size), max_images, disable_tqdm)
+    statistics = measure(model, _take(images, max_images, batch_size), max_images, disable_tqdm)
     rotate(model, find_rotation(statistics.stream))
     order(model, *(scores.argsort(descending=True, stable=True) for scores in (statistics.heads, statistics.neurons)))
     if config_kwargs or num_attention_heads not in (None, model.config.num_attention_heads):
@@ -141,7 +141,7 @@ class Statistics:
     neurons: torch.Tensor
 
 
-def _measure(model: HydraViTForImageClassification, loader, max_images: int, disable_tqdm: bool) -> Statistics:
+def measure(model: HydraViTForImageClassification, loader, max_images: int, disable_tqdm: bool) -> Statistics:
     """Run images through a model with plain norms. It keeps sums only, in float64."""
     encoder, config = model.hydravit, model.config
     zeros = partial(torch.zeros, dtype=torch.float64)

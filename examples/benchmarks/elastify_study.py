@@ -1,0 +1,370 @@
+"""How good are the narrow widths of a ViT that becomes elastic? A study on Fashion-MNIST, three seeds, on a CPU.
+
+    pip install -c constraints.txt -e ".[train,study]"
+    python examples/benchmarks/elastify_study.py --data /usr/share/datasets/fashion-mnist --folder runs/elastify_study
+    python examples/benchmarks/elastify_study.py --report      # the table and the plot of the results, without training
+
+The data are the four idx files of Fashion-MNIST, as Debian's package `dataset-fashion-mnist` has them. 5,000 of the
+60,000 training images are for validation; the test images are looked at once for each run. The stock Trainer trains a
+ViT of 12 heads x 16 channels, 4 layers and 16 patches. Each arm starts from it and trains one width of 3 to 12 heads in
+each step, drawn with equal odds. Each run adds its row to the file of results. Runs in the file are not repeated.
+"""
+
+import argparse
+import gzip
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from timing import RESULTS, append_rows, read_rows
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
+
+from hydravit_hf import HydraViTConfig, HydraViTForImageClassification
+from hydravit_hf.elastification import find_rotation, fold_norms, measure, order, rotate
+from hydravit_hf.model.modeling_hydravit import HydraViTAttention, HydraViTMLP
+from hydravit_hf.training.optimizer import parameter_groups
+from hydravit_hf.training.steps import sample_subnetworks
+from hydravit_hf.training.teacher import Lesson
+
+PLOT = Path(__file__).parents[2] / "docs" / "elastify_study.png"
+HEADS, SHOWN = list(range(3, 13)), (3, 4, 6, 8, 10, 12)
+SIZES = {"image_size": 28, "patch_size": 7, "num_channels": 1, "num_hidden_layers": 4, "layer_norm_eps": 1e-6}
+EPOCHS, BATCH, WEIGHT_DECAY = 12, 128, 0.05  # of the ViT; its batch and decay are those of all arms
+STEPS = (0, 150, 500, 2000)
+TUNING_STEPS, LEARNING_RATES = 150, (3e-4, 1e-3)
+ORDERING_IMAGES = 1024
+TAUGHT = {"teacher_weight": 0.7}
+ARMS = {
+    "new weights": {"start": "new"},
+    "leading slices": {"start": "slices"},
+    "leading slices, taught": {"start": "slices"} | TAUGHT,
+    "permuted, taught": {"start": "permuted"} | TAUGHT,
+    "DynaBERT": {"start": "dynabert", "teacher_weight": 1.0, "hidden_state_weight": 1.0},
+    "elastify": {"start": "rotated"},
+    "elastify, taught": {"start": "rotated"} | TAUGHT,
+}
+STYLES = {  # lines of the plot
+    "leading slices": {"color": "#d97706", "marker": "^"},
+    "permuted, taught": {"color": "#be185d", "marker": "v"},
+    "DynaBERT": {"color": "0.55", "marker": "D"},
+    "elastify, taught": {"color": "#4338ca", "marker": "o"},
+}
+
+
+# --- Data ---
+
+
+def read_idx(file: Path) -> np.ndarray:
+    """Read an array of bytes from a gzipped idx file."""
+    data = gzip.decompress(file.read_bytes())
+    shape = np.frombuffer(data, ">i4", data[3], 4)
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
+
+
+@cache
+def load(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Load the images, from -1 to 1, and labels of the splits train, validation and test."""
+    splits = {}
+    for split, name in (("train", "train"), ("test", "t10k")):
+        images = torch.from_numpy(read_idx(folder / f"{name}-images-idx3-ubyte.gz").copy())
+        labels = torch.from_numpy(read_idx(folder / f"{name}-labels-idx1-ubyte.gz").astype(np.int64))
+        splits[split] = images[:, None] / 127.5 - 1, labels
+    shuffled = torch.randperm(60_000, generator=torch.Generator().manual_seed(0))
+    train, validation = shuffled[:55_000], shuffled[55_000:]
+    images, labels = splits["train"]
+    return splits | {"train": (images[train], labels[train]), "validation": (images[validation], labels[validation])}
+
+
+class Flipped(Dataset):
+    """Images of which a random half is mirrored."""
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor):
+        self.images, self.labels = images, labels
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        image = self.images[index]
+        return {"pixel_values": image.flip(-1) if torch.rand(()) < 0.5 else image, "labels": self.labels[index]}
+
+
+# --- The ViTs, by the stock Trainer ---
+
+
+def train_vit(data: dict, folder: Path, num_heads: int, seed: int) -> ViTForImageClassification:
+    if (folder / "config.json").exists():
+        return ViTForImageClassification.from_pretrained(folder)
+    set_seed(seed)
+    width = 16 * num_heads
+    sizes = {"hidden_size": width, "num_attention_heads": num_heads, "intermediate_size": 4 * width}
+    vit = ViTForImageClassification(ViTConfig(**SIZES, **sizes, num_labels=10))
+    arguments = TrainingArguments(
+        folder,
+        per_device_train_batch_size=BATCH,
+        num_train_epochs=EPOCHS,
+        learning_rate=1e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=400,
+        weight_decay=WEIGHT_DECAY,
+        label_smoothing_factor=0.1,
+        seed=seed,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        dataloader_pin_memory=False,
+    )
+    Trainer(vit, arguments, train_dataset=Flipped(*data["train"])).train()
+    vit.save_pretrained(folder)
+    return vit
+
+
+# --- DynaBERT, a baseline (https://arxiv.org/abs/2004.04037) ---
+
+
+class DynaBERTAttention(HydraViTAttention):
+    """Runs a part of the heads on all channels of the stream."""
+
+    part = 1.0
+
+    def forward(self, hidden_states, **kwargs):
+        width = round(self.part * hidden_states.shape[-1])
+        rows = [
+            nn.functional.linear(hidden_states, linear.weight[:width], linear.bias[:width])
+            for linear in (self.q_proj, self.k_proj, self.v_proj)
+        ]
+        query, key, value = (row.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for row in rows)
+        output = nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        return nn.functional.linear(output, self.o_proj.weight[:, :width], self.o_proj.bias), None
+
+
+class DynaBERTMLP(HydraViTMLP):
+    """Runs a part of the neurons on all channels of the stream."""
+
+    part = 1.0
+
+    def forward(self, hidden_states):
+        width = round(self.part * self.fc1.out_features)
+        inner = nn.functional.linear(hidden_states, self.fc1.weight[:width], self.fc1.bias[:width])
+        return nn.functional.linear(self.activation_fn(inner), self.fc2.weight[:, :width], self.fc2.bias)
+
+
+class DynaBERT(HydraViTForImageClassification):
+    """A ViT whose heads and neurons nest, on a stream of full width."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.hydravit.layers:
+            layer.attention, layer.mlp = DynaBERTAttention(config), DynaBERTMLP(config)
+
+    def forward(self, pixel_values, num_heads_active, **kwargs):
+        full = self.config.num_attention_heads
+        for layer in self.hydravit.layers:
+            layer.attention.part = layer.mlp.part = num_heads_active / full
+        return super().forward(pixel_values, num_heads_active=full, **kwargs)
+
+
+def count_macs(config: HydraViTConfig, num_heads: int, arm: str) -> int:
+    """Count the multiply-accumulates of an image."""
+    full = config.count_macs(config.num_attention_heads)
+    if arm != "DynaBERT":
+        return config.count_macs(num_heads)
+    tokens = 1 + config.patch_grid[0] * config.patch_grid[1]
+    layers = 4 * config.hidden_size**2 + 2 * config.mlp_ratio * config.hidden_size**2 + 2 * tokens * config.hidden_size
+    return full - round((1 - num_heads / config.num_attention_heads) * config.num_hidden_layers * tokens * layers)
+
+
+# --- The arms ---
+
+
+def start(vit: ViTForImageClassification, kind: str, images: torch.Tensor, seed: int) -> HydraViTForImageClassification:
+    """Make the elastic model that an arm trains."""
+    torch.manual_seed(seed)
+    model = HydraViTForImageClassification.from_vit(vit, 12)
+    if kind == "slices":
+        return model
+    if kind == "new":
+        return HydraViTForImageClassification(model.config)
+    fold_norms(model)
+    loader = DataLoader([{"pixel_values": image} for image in images[:ORDERING_IMAGES]], batch_size=64)
+    statistics = measure(model, loader, ORDERING_IMAGES, disable_tqdm=True)
+    if kind == "rotated":
+        rotate(model, find_rotation(statistics.stream))
+    elif kind == "permuted":  # a rotation as well: channels in the order of their energy
+        rotate(model, torch.eye(192).double()[statistics.stream.diagonal().argsort(descending=True)])
+    order(model, statistics.heads.argsort(descending=True), statistics.neurons.argsort(descending=True))
+    if kind == "dynabert":
+        rewired, model = model, DynaBERT(model.config)
+        model.load_state_dict(rewired.state_dict())
+    return model
+
+
+def train(
+    data: dict, vit, arm: str, steps: int, seed: int, learning_rate: float
+) -> HydraViTForImageClassification | DynaBERT:
+    """Start the model of an arm and train it for some steps."""
+    options = dict(ARMS[arm])
+    images, labels = data["train"]
+    model = start(vit, options.pop("start"), images, seed).train()
+    teacher = None
+    if options:
+        full = HydraViTForImageClassification.from_vit(vit, 12).eval()
+        teacher = lambda pixel_values: full(pixel_values, output_hidden_states=True)  # noqa: E731
+    optimizer = torch.optim.AdamW(parameter_groups(model, WEIGHT_DECAY), lr=learning_rate, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, learning_rate, total_steps=max(steps, 1) + 1, pct_start=0.1, cycle_momentum=False
+    )
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        batch = torch.randint(len(images), (BATCH,), generator=generator)
+        (num_heads,) = sample_subnetworks(model.config, seed, step, "uniform")
+        outputs = model(
+            images[batch], num_heads_active=num_heads, output_hidden_states="hidden_state_weight" in options
+        )
+        loss = nn.functional.cross_entropy(outputs.logits, labels[batch])
+        if teacher is not None:
+            with torch.no_grad():
+                taught = teacher(images[batch])
+            lesson = Lesson(
+                taught.logits,
+                taught.hidden_states,
+                options["teacher_weight"],
+                options.get("hidden_state_weight", 0.0),
+            )
+            loss = lesson.add_to(loss, outputs.logits, outputs.hidden_states)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return model.eval()
+
+
+@torch.no_grad()
+def accuracies(model, images: torch.Tensor, labels: torch.Tensor, heads=SHOWN) -> list[float]:
+    """The share of right answers at each width. None in `heads` stands for a model of one width."""
+    found = []
+    for num_heads in heads:
+        option = {} if num_heads is None else {"num_heads_active": num_heads}
+        hits = [
+            (model(part, **option).logits.argmax(-1) == truth).sum().item()
+            for part, truth in zip(images.split(500), labels.split(500), strict=True)
+        ]
+        found.append(sum(hits) / len(images))
+    return found
+
+
+def measure_all(args: argparse.Namespace):
+    """Do the runs that the file of results does not hold yet, and add a row for each."""
+    torch.set_num_threads(1)
+    data, done = load(args.data), {row["run"] for row in read_rows(args.results)}
+
+    def add(run: str, make):
+        if run not in done:
+            append_rows(args.results, [{"run": run} | make()])
+            print(run, flush=True)
+
+    vit = train_vit(data, args.folder / "vit-12", 12, 0).eval()
+    add("vit/12", lambda: {name: accuracies(vit, *data[name], [None]) for name in ("validation", "test")})
+    for arm in ARMS:  # the learning rate of each arm, by the validation images
+        for rate in LEARNING_RATES:
+            run = lambda arm=arm, rate=rate: {  # noqa: E731
+                "validation": accuracies(train(data, vit, arm, TUNING_STEPS, 100, rate), *data["validation"])
+            }
+            add(f"tuning/{arm}/{rate}", run)
+    tuned = {row["run"]: np.mean(row["validation"]) for row in read_rows(args.results) if "tuning/" in row["run"]}
+    rates = {arm: max(LEARNING_RATES, key=lambda rate, arm=arm: tuned[f"tuning/{arm}/{rate}"]) for arm in ARMS}
+    for steps in args.steps:
+        for seed in range(1 if steps == 0 else args.seeds):
+            for arm in ARMS:
+                if steps or ARMS[arm]["start"] != "new":
+                    run = lambda arm=arm, steps=steps, seed=seed: {  # noqa: E731
+                        "learning_rate": rates[arm],
+                        "test": accuracies(train(data, vit, arm, steps, seed, rates[arm]), *data["test"]),
+                    }
+                    add(f"{arm}/{steps}/{seed}", run)
+    for num_heads in args.alone:
+        small = train_vit(data, args.folder / f"vit-{num_heads}", num_heads, 0).eval()
+        run = lambda small=small: {name: accuracies(small, *data[name], [None]) for name in ("validation", "test")}  # noqa: E731
+        add(f"vit/{num_heads}", run)
+
+
+# --- The report ---
+
+
+def summarise(rows: list[dict]) -> list[dict]:
+    """Gather the accuracies in percent, (seeds, widths), of each arm and number of steps."""
+    found = {}
+    for row in rows:
+        arm, _, rest = row["run"].partition("/")
+        if arm in ARMS:
+            found.setdefault((arm, int(rest.partition("/")[0])), []).append(row["test"])
+    gathered = [
+        {"arm": arm, "steps": steps, "accuracy": 100 * np.array(values)} for (arm, steps), values in found.items()
+    ]
+    return sorted(gathered, key=lambda row: (row["steps"], list(ARMS).index(row["arm"])))
+
+
+def format_rows(rows: list[dict]) -> str:
+    """Format the summary as a Markdown table of means over the seeds, with the deviation at 3 and 12 heads."""
+    lines = ["| steps | arm | seeds | " + " | ".join(f"{num_heads}" for num_heads in SHOWN) + " heads | mean |"]
+    lines.append("| ---: | --- |" + " ---: |" * (len(SHOWN) + 2))
+    for row in rows:
+        means, seeds = row["accuracy"].mean(0), len(row["accuracy"])
+        cells = [f"{mean:.1f}" for mean in means]
+        if seeds > 1:
+            spread = row["accuracy"].std(0, ddof=1)
+            cells[0], cells[-1] = f"{cells[0]} ± {spread[0]:.1f}", f"{cells[-1]} ± {spread[-1]:.1f}"
+        lines.append(f"| {row['steps']:,} | {row['arm']} | {seeds} | {' | '.join(cells)} | {means.mean():.1f} |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict], original: float, path: Path):
+    """Accuracy over MACs of an image, a panel for each number of steps."""
+    from matplotlib.figure import Figure
+
+    config = HydraViTConfig(num_attention_heads=12, head_dim=16, **SIZES, num_labels=10)
+    shown = sorted({row["steps"] for row in rows})
+    figure = Figure(figsize=(4.2 * len(shown), 3.8), dpi=150, layout="constrained")
+    for axes, steps in zip(figure.subplots(1, len(shown), sharey=True, squeeze=False)[0], shown, strict=True):
+        for row in rows:
+            if row["steps"] == steps and row["arm"] in STYLES:
+                macs = [count_macs(config, num_heads, row["arm"]) / 1e6 for num_heads in SHOWN]
+                axes.plot(macs, row["accuracy"].mean(0), label=row["arm"], **STYLES[row["arm"]])
+        axes.axhline(original, color="0.35", linestyle="--", linewidth=1)
+        axes.set(xlabel="million MACs per image", title="without training" if steps == 0 else f"{steps:,} steps")
+        axes.grid(color="0.92")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("accuracy, %")
+    figure.axes[0].legend(frameon=False, fontsize=8, loc="lower right")
+    figure.savefig(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="idx files")
+    parser.add_argument("--folder", type=Path, default=Path("runs/elastify_study"), help="folder of the ViTs")
+    parser.add_argument("--results", type=Path, default=RESULTS / "elastify_study.jsonl", help="file of the results")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
+    parser.add_argument("--alone", type=int, nargs="*", default=[3, 6, 9], help="heads of the ViTs of their own")
+    parser.add_argument("--plot", type=Path, default=PLOT, help="file of the plot")
+    parser.add_argument("--report", action="store_true", help="train nothing, report the results")
+    args = parser.parse_args()
+    if not args.report:
+        measure_all(args)
+    rows = read_rows(args.results)
+    alone = {row["run"]: 100 * row["test"][0] for row in rows if row["run"].startswith("vit/")}
+    summary = summarise(rows)
+    print(format_rows(summary))
+    for run, accuracy in alone.items():
+        print(f"A ViT of {run.partition('/')[2]} heads alone: {accuracy:.2f} %")
+    plot(summary, alone["vit/12"], args.plot)
+
+
+if __name__ == "__main__":
+    main()
