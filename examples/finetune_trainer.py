@@ -76,8 +76,9 @@ def main():
         data = data.cast_column("label", ClassLabel(names=["even", "odd"]))
 
     # 2. Model: a new classifier, position embeddings for the new image size, all else from the start
+    labels = data["train"].features["label"].names
     try:
-        model, processor = make_model(data_args, model_args, data)
+        model, processor = make_model(data_args, model_args, labels, data["train"])
     except OSError as error:
         start = model_args.model_name_or_path or model_args.from_vit
         sys.exit(f"There is no model to start from at '{start}'. {str(error).splitlines()[0]}")

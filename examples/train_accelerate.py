@@ -69,9 +69,10 @@ def main(preemption: runs.Preemption):
     # 2. Data and model
     with accelerator.main_process_first():
         data = data_args.load()
-    model, processor = arguments.make_model(data_args, model_args, data)
+    labels = data["train"].features["label"].names
+    model, processor = arguments.make_model(data_args, model_args, labels, data["train"])
     config = model.config
-    widths.teacher = arguments.find_teacher(widths.teacher, model_args, data["train"].features["label"].names)
+    widths.teacher = arguments.find_teacher(widths.teacher, model_args, labels)
     teacher = Teacher.of_arguments(widths, config)
     train_images, test_images = arguments.make_datasets(
         data, processor, augmentation, loop.seed, accelerator.process_index, accelerator.num_processes

@@ -60,9 +60,9 @@ def main():
     # 1. Data and model
     with training_args.main_process_first():
         data = data_args.load()
-    model, processor = make_model(data_args, model_args, data)
-    train_images, test_images = make_datasets(data, processor, augmentation, training_args.seed)
     labels = data["train"].features["label"].names
+    model, processor = make_model(data_args, model_args, labels, data["train"])
+    train_images, test_images = make_datasets(data, processor, augmentation, training_args.seed)
     training_args.teacher = find_teacher(training_args.teacher, model_args, labels)
 
     # 2. The trainer, and a card that names the data and the command

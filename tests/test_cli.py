@@ -46,6 +46,34 @@ def test_profile_prints_a_row_for_each_width_and_the_widest_that_fits(hydravit, 
     assert code == 0 and "Batches of 2, bfloat16, on " in out
 
 
+def test_elastify_saves_a_model_with_the_logits_of_the_vit_and_its_card(hydravit, folder, tmp_path):
+    assert hydravit("extract", folder, 6, tmp_path / "vit", "--vit")[0] == 0
+    vit = AutoModelForImageClassification.from_pretrained(tmp_path / "vit")
+    code, out, _ = hydravit("elastify", tmp_path / "vit", "digits", tmp_path / "elastic", "--max-images", 50)
+    assert code == 0 and "6 heads" in out
+    model = HydraViTForImageClassification.from_pretrained(tmp_path / "elastic")
+    images = torch.randn(4, 3, 8, 8)
+    torch.testing.assert_close(model(images).logits, vit(images).logits, atol=1e-4, rtol=0)
+    card = (tmp_path / "elastic" / "README.md").read_text()
+    digits = load_digits()["test"].with_transform(to_pixel_values(AutoImageProcessor.from_pretrained(folder)))
+    (row,) = evaluate_subnetworks(model, digits, [6])
+    assert f"The original, vit, has {row['accuracy']:.2%}" in card and f"The original: {row['accuracy']:.2%}" in out
+    assert "It is vit with its directions" in card and "measured 50 images" in card and "was trained to run" not in card
+    # Images without classes, or with others, are enough for the order
+    for split in ("one", "two"):
+        (tmp_path / "images" / split).mkdir(parents=True)
+        for index in range(3):
+            Image.new("RGB", (9, 9), (80 * index, 9, 9)).save(tmp_path / "images" / split / f"{index}.png")
+    for options in (["--unlabelled"], []):
+        target = tmp_path / f"plain{len(options)}"
+        code, out, _ = hydravit("elastify", tmp_path / "vit", tmp_path / "images", target, *options)
+        assert code == 0 and "no width was evaluated" in out and not (target / "README.md").exists()
+    code, _, err = hydravit("elastify", folder, "digits", tmp_path / "again")
+    assert code == 1 and "it is a HydraViT already" in err
+    code, _, err = hydravit("elastify", tmp_path / "vit", tmp_path / "vit", tmp_path / "again", "--unlabelled")
+    assert code == 1 and "no images in" in err and not (tmp_path / "again").exists()
+
+
 def test_evaluate_gives_the_accuracy_of_each_width_and_keeps_it_for_the_card(hydravit, folder, tmp_path):
     model = HydraViTForImageClassification.from_pretrained(folder)
     digits = load_digits()["test"].with_transform(to_pixel_values(AutoImageProcessor.from_pretrained(folder)))

@@ -194,6 +194,19 @@ def test_training_starts_from_a_folder_of_images_and_a_stock_vit(trained, tmp_pa
     assert model.config.id2label == {index: str(index) for index in range(10)}
 
 
+@pytest.mark.slow  # its fast siblings are the tests of `make_model` and of the teacher
+@pytest.mark.parametrize("script", ["train_accelerate.py", "train_trainer.py"])
+def test_a_vit_is_made_elastic_and_teaches(trained, tmp_path, script):
+    vit = HydraViTForImageClassification.from_pretrained(trained[0]).to_vit(4)
+    vit.save_pretrained(tmp_path / "vit")
+    length = ["--max_train_steps" if "accelerate" in script else "--max_steps", 2]
+    options = ["--from_vit", tmp_path / "vit", "--elastify", *length, "--output_dir", tmp_path / "out"]
+    finish(script, *options)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "The teacher, vit, has" in card and "elastify" in card
+    assert HydraViTForImageClassification.from_pretrained(tmp_path / "out").config.num_attention_heads == 4
+
+
 @pytest.mark.slow  # its fast sibling is the test of streams of `make_datasets`
 def test_the_recipe_of_the_paper_streams_parquet_files_of_any_data_set(tmp_path):
     save_shards(tmp_path / "shards")

@@ -72,6 +72,19 @@ def test_the_snippets_on_training_train_a_checkpoint_that_loads_at_any_width(tmp
         assert {"results.json", "accuracy_over_macs.png"} <= {file.name for file in Path(folder).iterdir()}
 
 
+def test_the_snippets_on_elastify_make_a_vit_elastic_and_teach_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for number, snippet in enumerate(snippets("python", PAGES["docs/elastify.md"])):
+        exec(compile(snippet, f"docs/elastify.md snippet {number + 1}", "exec"), names)
+        if number == 0:
+            digits, model, vit = names["images"][:4]["image"], names["model"], names["vit"]
+            processor = make_image_processor(model.config)
+            pixel_values = processor(digits, return_tensors="pt").pixel_values
+            torch.testing.assert_close(model(pixel_values).logits, vit(pixel_values).logits, atol=1e-4, rtol=0)
+    assert names["trainer"].state.global_step == 2
+
+
 def test_the_commands_install_extras_that_exist():
     *commands, shell = snippets("bash")
     assert len(commands) == 2 and len(shell.splitlines()) > 3

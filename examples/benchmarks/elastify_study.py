@@ -269,17 +269,17 @@ def measure_all(args: argparse.Namespace):
 
     vit = train_vit(data, args.folder / "vit-12", 12, 0).eval()
     add("vit/12", lambda: {name: accuracies(vit, *data[name], [None]) for name in ("validation", "test")})
-    for arm in ARMS:  # the learning rate of each arm, by the validation images
+    for arm in args.arms:  # the learning rate of each arm, by the validation images
         for rate in LEARNING_RATES:
             run = lambda arm=arm, rate=rate: {  # noqa: E731
                 "validation": accuracies(train(data, vit, arm, TUNING_STEPS, 100, rate), *data["validation"])
             }
             add(f"tuning/{arm}/{rate}", run)
     tuned = {row["run"]: np.mean(row["validation"]) for row in read_rows(args.results) if "tuning/" in row["run"]}
-    rates = {arm: max(LEARNING_RATES, key=lambda rate, arm=arm: tuned[f"tuning/{arm}/{rate}"]) for arm in ARMS}
+    rates = {arm: max(LEARNING_RATES, key=lambda rate, arm=arm: tuned[f"tuning/{arm}/{rate}"]) for arm in args.arms}
     for steps in args.steps:
         for seed in range(1 if steps == 0 else args.seeds):
-            for arm in ARMS:
+            for arm in args.arms:
                 if steps or ARMS[arm]["start"] != "new":
                     run = lambda arm=arm, steps=steps, seed=seed: {  # noqa: E731
                         "learning_rate": rates[arm],
@@ -351,6 +351,7 @@ def main():
     parser.add_argument("--results", type=Path, default=RESULTS / "elastify_study.jsonl", help="file of the results")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM")
     parser.add_argument("--alone", type=int, nargs="*", default=[3, 6, 9], help="heads of the ViTs of their own")
     parser.add_argument("--plot", type=Path, default=PLOT, help="file of the plot")
     parser.add_argument("--report", action="store_true", help="train nothing, report the results")

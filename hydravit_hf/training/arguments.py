@@ -3,7 +3,8 @@
 
     data_args, model_args = parse_arguments(__doc__, (DataArguments, ModelArguments))
     data = data_args.load()
-    model, processor = make_model(data_args, model_args, data)
+    train = data["train"]
+    model, processor = make_model(data_args, model_args, train.features["label"].names, train)
     train_images, test_images = make_datasets(data, processor)
 
 A script adds the arguments of its own loop. It needs the extra `train`.
@@ -83,7 +84,7 @@ class ModelArguments:
     from_vit: str | None = option(None, "ViT to start from: its folder or Hub id.")
     elastify: bool = option(False, "Order the ViT's directions, heads and neurons first. The ViT teaches, if it can.")
     ignore_mismatched_sizes: bool = option(False, "Give a HydraViT of other labels a new classifier.")
-    num_attention_heads: int = option(12, "Heads of a new model, or of one made from a ViT.")
+    num_attention_heads: int | None = option(None, "Heads to hold. Default: 12, or those of the ViT with --elastify.")
     num_hidden_layers: int | None = option(None, "Layers of a new model. Default: 12, or 3 for the digits.")
     image_size: int | None = option(None, "Pixels of a side. Default: as the start, or 224, or 8 for the digits.")
     patch_size: int | None = option(None, "Pixels of a patch of a new model. Default: 16, or 4 for the digits.")
@@ -216,15 +217,15 @@ def parse_arguments(doc: str, classes: tuple[type, ...], **defaults) -> list:
         parser.error(str(error))
 
 
-def make_model(data_args: DataArguments, model_args: ModelArguments, data):
+def make_model(data_args: DataArguments, model_args: ModelArguments, labels: list[str], images=None):
     """Make the model to train, and its image processor.
 
     Args:
         data_args: The digits get a small model, if it is a new one.
         model_args: The start and the overrides of its configuration.
-        data: The splits "train" and "test", as `DataArguments.load` gives them.
+        labels: Names of the classes.
+        images: The training images, as `DataArguments.load` gives them, for `--elastify`.
     """
-    labels = data["train"].features["label"].names
     sizes = {name: value for name in DIGITS if (value := getattr(model_args, name)) is not None}
     options = {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
     for name in ("drop_path_rate", "subnetwork_heads", "subnetwork_weights", "separate_classifiers", "token_recycling"):
@@ -235,7 +236,7 @@ def make_model(data_args: DataArguments, model_args: ModelArguments, data):
     start = model_args.model_name_or_path or model_args.from_vit
     if start is None:
         sizes = (DIGITS if data_args.is_digits else {}) | sizes
-        config = HydraViTConfig(num_attention_heads=model_args.num_attention_heads, **sizes, **options)
+        config = HydraViTConfig(num_attention_heads=model_args.num_attention_heads or 12, **sizes, **options)
         if data_args.is_digits and model_args.subnetwork_weights is None and not model_args.token_recycling:
             # the narrowest width is a part of all others, so it is drawn more often
             config.subnetwork_weights = [3.0] + [1.0] * (len(config.subnetwork_heads) - 1)
@@ -245,8 +246,8 @@ def make_model(data_args: DataArguments, model_args: ModelArguments, data):
     if "image_size" in sizes:
         options["image_size"] = sizes["image_size"]
     if model_args.from_vit:
-        options |= {"num_attention_heads": model_args.num_attention_heads, "num_labels": len(labels)}
-        return _start_from_vit(start, data["train"], options, model_args)
+        options["num_labels"] = len(labels)
+        return _start_from_vit(start, images, options, model_args)
     options["ignore_mismatched_sizes"] = model_args.ignore_mismatched_sizes
     model = HydraViTForImageClassification.from_pretrained(start, **options)
     return model, load_image_processor(start, model.config, model_args.crop_fraction)
@@ -259,11 +260,13 @@ def _start_from_vit(start: str, images, options: dict, model_args: ModelArgument
     )
     processor = load_image_processor(start, config, model_args.crop_fraction)
     if not model_args.elastify:
-        return HydraViTForImageClassification.from_vit(source, **options), processor
+        num_heads = model_args.num_attention_heads or 12
+        return HydraViTForImageClassification.from_vit(source, num_heads, **options), processor
     from ..data import to_pixel_values
     from ..elastification import elastify
 
-    return elastify(source, images.with_transform(to_pixel_values(processor)), **options), processor
+    images = images.with_transform(to_pixel_values(processor))
+    return elastify(source, images, model_args.num_attention_heads, **options), processor
 
 
 def find_teacher(teacher: str | None, model_args: ModelArguments, labels: list[str]) -> str | None:

@@ -17,6 +17,7 @@ from hydravit_hf.training.arguments import (
     ModelArguments,
     RunArguments,
     describe_card,
+    find_teacher,
     make_datasets,
     make_model,
     parse_arguments,
@@ -92,7 +93,7 @@ def test_the_help_has_each_option_once_with_its_meaning(parse, capsys):
         for name, field in kind.__dataclass_fields__.items():
             assert text.count(f"  --{name} ") == 1
             assert field.metadata["help"].endswith(".")
-    assert "(default: None)" not in text and "(default: 12)" in text
+    assert "(default: None)" not in text and "(default: 25)" in text
 
 
 # --- The model ---
@@ -145,6 +146,22 @@ def test_a_model_starts_from_a_vit_with_more_heads(saved, tmp_path):
     narrow = HydraViTForImageClassification.from_pretrained(saved, num_attention_heads=3)
     found = model.extract_subnetwork(3).state_dict()
     assert all(torch.equal(found[name], weight) for name, weight in narrow.state_dict().items() if "layers" in name)
+
+
+def test_a_vit_is_elastified_with_the_heads_that_it_has_and_teaches_if_it_can(saved, tmp_path):
+    vit = HydraViTForImageClassification.from_pretrained(saved).to_vit(3)
+    vit.config.id2label = dict(enumerate(DIGITS))
+    vit.save_pretrained(tmp_path / "vit")
+    given = ModelArguments(from_vit=str(tmp_path / "vit"), elastify=True)
+    images = load_digits()["test"]
+    model, processor = make_model(DataArguments(), given, DIGITS, images)
+    assert model.config.num_attention_heads == 3
+    pixel_values = processor(images[:8]["image"], return_tensors="pt").pixel_values
+    torch.testing.assert_close(model(pixel_values).logits, vit(pixel_values).logits, atol=1e-4, rtol=0)
+    assert find_teacher(None, given, DIGITS) == given.from_vit
+    assert find_teacher("other", given, DIGITS) == "other"
+    assert find_teacher(None, given, ["even", "odd"]) is None
+    assert find_teacher(None, ModelArguments(from_vit=given.from_vit), DIGITS) is None
 
 
 def test_stages_start_from_a_checkpoint_and_forget_its_odds(saved):

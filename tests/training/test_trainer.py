@@ -1,5 +1,6 @@
 """Real runs of both Trainers: the widths of a step, what is evaluated and saved, and runs that are resumed."""
 
+import copy
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.cards import CARD, card_in, check_card
+from support.models import spread
 from support.training import (
     QUIET,
     SANDWICH,
@@ -208,23 +210,56 @@ def test_smoothed_labels_are_for_training_only(make_trainer, digits):
     ],
     ids=["one width", "token recycling", "sandwich", "sandwich, separate classifiers", "open sandwich"],
 )
-def test_a_step_has_the_gradients_and_the_loss_of_backward_widths(make_trainer, digits, options):
+@pytest.mark.parametrize("taught", [False, True])
+def test_a_step_has_the_gradients_and_the_loss_of_backward_widths(make_trainer, digits, options, taught):
     in_config = {"separate_classifiers", "token_recycling", "subnetwork_heads"}
     sizes = {name: value for name, value in options.items() if name in in_config}
     options = {name: value for name, value in options.items() if name not in in_config}
     model = make_model(**{"subnetwork_heads": [1, 2, 3, 4]} | sizes)
     before = weights_of(model)
-    trainer = make_trainer(model, label_smoothing_factor=0.1, **ONE_STEP, **options)
+    teacher = make_model(head_dim=4).to_vit() if taught else None
+    trainer = make_trainer(
+        model, trainer={"teacher": teacher}, label_smoothing_factor=0.1, teacher_weight=0.6, **ONE_STEP, **options
+    )
     heads = trainer.args.sample(model.config, trainer.args.seed, 0, 1)
     assert len(heads) == (1 if not options else 2 if options["subnetwork_sampling"] == "open_sandwich" else 3)
     batch = torch.stack([item["pixel_values"] for item in digits["train"]]), labels_of(digits["train"])
-    loss = backward_widths(model.train(), *batch, heads, 0, options.get("distillation_weight", 0.0), 0.1)
+    weight = options.get("distillation_weight", 0.0)
+    loss = backward_widths(model.train(), *batch, heads, 0, weight, 0.1, teacher=trainer.teacher)
     gradients = {name: weight.grad.clone() for name, weight in model.named_parameters()}
     model.zero_grad()
     trainer.train()
     moved = {name: before[name] - weight for name, weight in weights_of(model).items()}
     assert_close(moved, gradients, rtol=1e-4, atol=1e-6)
     assert losses_of(trainer) == pytest.approx([loss.item()], rel=1e-4)
+
+
+def test_a_copy_teaches_the_hidden_states_of_narrow_widths(make_trainer):
+    model = spread(make_model())
+    teacher = copy.deepcopy(model)
+
+    def distance() -> float:
+        images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        states = model.eval()(images, num_heads_active=3, output_hidden_states=True).hidden_states[-1]
+        full = teacher(images, num_heads_active=4, output_hidden_states=True).hidden_states[-1]
+        return (states - full[..., :24]).square().mean().item()
+
+    before = distance()
+    options = {"teacher_weight": 1.0, "hidden_state_weight": 1.0, "max_steps": 20, "learning_rate": 1e-2}
+    trainer = make_trainer(model, trainer={"teacher": teacher}, **options)
+    trainer.train()
+    assert distance() < 0.9 * before
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_a_resumed_run_follows_the_same_curriculum(make_trainer):
+    options = {"curriculum_steps": 6, "final_subnetwork_weights": [1, 4], "save_strategy": "steps", "save_steps": 4}
+    whole = make_trainer(folder="whole", **options)
+    whole.train()
+    part = make_trainer(folder="part", **options)
+    shutil.copytree(Path(whole.args.output_dir) / "checkpoint-4", Path(part.args.output_dir) / "checkpoint-4")
+    part.train(resume_from_checkpoint=True)
+    assert_equal(weights_of(part.model), weights_of(whole.model))
 
 
 @pytest.mark.parametrize("options", [{}, SANDWICH])
