@@ -235,21 +235,18 @@ def test_a_step_has_the_gradients_and_the_loss_of_backward_widths(make_trainer, 
 
 
 def test_a_copy_teaches_the_hidden_states_of_narrow_widths(make_trainer):
-    model = spread(make_model())
-    teacher = copy.deepcopy(model)
-
-    def distance() -> float:
+    def distance(weight: float) -> float:
+        model = spread(make_model())
+        teacher = copy.deepcopy(model).eval()
+        options = {"teacher_weight": 1.0, "hidden_state_weight": weight, "max_steps": 20}
+        make_trainer(model, trainer={"teacher": teacher}, **options).train()
+        assert not any(parameter.requires_grad for parameter in teacher.parameters())
         images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         states = model.eval()(images, num_heads_active=3, output_hidden_states=True).hidden_states[-1]
         full = teacher(images, num_heads_active=4, output_hidden_states=True).hidden_states[-1]
         return (states - full[..., :24]).square().mean().item()
 
-    before = distance()
-    options = {"teacher_weight": 1.0, "hidden_state_weight": 1.0, "max_steps": 20, "learning_rate": 1e-2}
-    trainer = make_trainer(model, trainer={"teacher": teacher}, **options)
-    trainer.train()
-    assert distance() < 0.9 * before
-    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert distance(3.0) < 0.9 * distance(0.0)
 
 
 def test_a_resumed_run_follows_the_same_curriculum(make_trainer):
