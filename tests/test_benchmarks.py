@@ -1,5 +1,6 @@
 """Benchmarks and studies measure what they say, in turns, and their results are those that the docs show."""
 
+import gzip
 import importlib
 import json
 import os
@@ -10,11 +11,14 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from support.scripts import EXAMPLES, finish
 from support.training import make_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import ViTConfig, ViTForImageClassification
 
 from hydravit_hf import HydraViTConfig, make_image_processor
 
@@ -289,3 +293,64 @@ def test_calls_at_mixed_widths_are_right_and_leave_no_memory_behind():
 def test_memory_that_grows_is_a_failure(load_module):
     with pytest.raises(SystemExit, match=r"the memory may grow by -1000\.0 MB"):
         load_module("soak").main(["--calls", "40", "--max_growth_mb", "-1000"])
+
+
+# --- elastify_study.py ---
+
+
+@pytest.fixture
+def elastify_study(load_module):
+    return load_module("elastify_study")
+
+
+@pytest.fixture
+def fashion_vit(elastify_study):
+    sizes = {"hidden_size": 192, "num_attention_heads": 12, "intermediate_size": 768}
+    return ViTForImageClassification(
+        ViTConfig(**elastify_study.SIZES | {"num_hidden_layers": 1}, **sizes, num_labels=10)
+    )
+
+
+def test_idx_files_are_read_as_they_were_written(elastify_study, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (3, 4, 5), dtype=np.uint8)
+    header = bytes([0, 0, 8, 3]) + np.array(images.shape, ">i4").tobytes()
+    (tmp_path / "images.gz").write_bytes(gzip.compress(header + images.tobytes()))
+    assert np.array_equal(elastify_study.read_idx(tmp_path / "images.gz"), images)
+
+
+@pytest.mark.parametrize("kind", ["slices", "permuted", "rotated", "dynabert"])
+def test_each_arm_starts_from_the_function_of_the_vit(elastify_study, fashion_vit, kind):
+    images = torch.randn(16, 1, 28, 28)
+    model = elastify_study.start(fashion_vit.eval(), kind, images, 0).eval()
+    logits = model(images, num_heads_active=12).logits
+    torch.testing.assert_close(logits, fashion_vit(images).logits, atol=1e-4, rtol=0)
+    assert model(images, num_heads_active=3).logits.shape == (16, 10)
+
+
+@pytest.mark.parametrize("arm", ["DynaBERT", "elastify"])
+@pytest.mark.parametrize("num_heads", [3, 12])
+def test_the_costs_of_an_arm_are_those_that_torch_counts(elastify_study, fashion_vit, arm, num_heads):
+    model = elastify_study.start(fashion_vit, "dynabert" if arm == "DynaBERT" else "slices", torch.zeros(1), 0).eval()
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randn(1, 1, 28, 28), num_heads_active=num_heads)
+    assert elastify_study.count_macs(model.config, num_heads, arm) == pytest.approx(
+        counter.get_total_flops() / 2, rel=0.02
+    )
+
+
+@pytest.mark.parametrize("arm", ["DynaBERT", "elastify, taught", "new weights"])
+def test_an_arm_learns_and_repeats_itself(elastify_study, fashion_vit, arm):
+    images, labels = torch.randn(40, 1, 28, 28), torch.arange(40) % 10
+    data = {"train": (images, labels)}
+    runs = [elastify_study.train(data, fashion_vit, arm, 2, 0, 1e-3).state_dict() for _ in range(2)]
+    assert all(torch.equal(weight, runs[1][name]) for name, weight in runs[0].items())
+    start = elastify_study.start(fashion_vit, elastify_study.ARMS[arm]["start"], images, 0).state_dict()
+    assert not torch.equal(start["classifier.weight"], runs[0]["classifier.weight"])
+
+
+def test_the_time_and_the_memory_of_elastify_are_printed(run_here):
+    config = {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 96, "num_hidden_layers": 1}
+    printed = run_here("benchmark_elastify.py", "--images", 4, "--config", json.dumps(config | {"image_size": 32}))
+    row = json.loads(printed)
+    assert row["seconds"] > 0 and row["images"] == 4

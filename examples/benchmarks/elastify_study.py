@@ -194,7 +194,9 @@ def start(vit: ViTForImageClassification, kind: str, images: torch.Tensor, seed:
     if kind == "rotated":
         rotate(model, find_rotation(statistics.stream))
     elif kind == "permuted":  # a rotation as well: channels in the order of their energy
-        rotate(model, torch.eye(192).double()[statistics.stream.diagonal().argsort(descending=True)])
+        rotate(
+            model, torch.eye(model.config.hidden_size).double()[statistics.stream.diagonal().argsort(descending=True)]
+        )
     order(model, statistics.heads.argsort(descending=True), statistics.neurons.argsort(descending=True))
     if kind == "dynabert":
         rewired, model = model, DynaBERT(model.config)
