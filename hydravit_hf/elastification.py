@@ -4,8 +4,8 @@ A ViT has freedoms that leave its logits as they are. `elastify` uses them to or
 
 1. The weight and bias of each layer norm go into the layers that read it. The norms are plain then.
 2. A rotation Q of the residual stream that keeps the vector of ones commutes with a plain norm: what writes to the
-   stream becomes Q W, and what reads from it W Q^T. Q takes the principal directions of the normalised stream, the
-   strongest first, into the leading channels.
+   stream becomes Q W, and what reads from it W Q^T. Q takes the directions that the layers read most from the stream
+   into the leading channels.
 3. The heads of each layer, and the neurons of each MLP, are put in the order of their scores.
 
 Letters in shapes: B images, N tokens, D channels of the ViT, L layers, H heads, M neurons of an MLP.
@@ -84,8 +84,9 @@ def elastify(
     fold_norms(model)
     if batch_size is None:
         batch_size = max(1, TOKENS // math.prod(model.config.patch_grid))
-    statistics = measure(model, _take(images, max_images, batch_size), max_images, disable_tqdm)
-    rotate(model, find_rotation(statistics.stream))
+    loader, has_classifier = _take(images, max_images, batch_size), "classifier.weight" in source.tensors
+    statistics = measure(model, loader, max_images, has_classifier, disable_tqdm)
+    rotate(model, find_rotation(statistics.importance))
     order(model, *(scores.argsort(descending=True, stable=True) for scores in (statistics.heads, statistics.neurons)))
     if config_kwargs or num_attention_heads not in (None, model.config.num_attention_heads):
         heads = num_attention_heads or model.config.num_attention_heads
@@ -130,31 +131,46 @@ def fold_norms(model: HydraViTForImageClassification):
 class Statistics:
     """What the order is found by.
 
-    - `stream`: (D, D), the second moments of the normalised stream, summed over all norms.
+    - `importance`: (D, D), symmetric. For a projection P of the normalised stream x, trace(P @ importance) tells how
+      well the layers W read the projected stream: it is the mean of <W x, W P x> over the tokens, as a share of that of
+      <W x, W x>, summed over the norms.
     - `heads`, `neurons`: (L, H) and (L, M), the scores: the sum over the images of |sum over the tokens of activation
       x gradient|, for a random projection of the class token. It estimates to first order how the class token changes
       without the part. Neither labels nor a classifier are needed.
     """
 
-    stream: torch.Tensor
+    importance: torch.Tensor
     heads: torch.Tensor
     neurons: torch.Tensor
 
 
-def measure(model: HydraViTForImageClassification, loader, max_images: int, disable_tqdm: bool) -> Statistics:
-    """Run images through a model with plain norms. It keeps sums only, in float64."""
-    encoder, config = model.hydravit, model.config
-    zeros = partial(torch.zeros, dtype=torch.float64)
-    statistics = Statistics(
-        stream=zeros(config.hidden_size, config.hidden_size),
-        heads=zeros(config.num_hidden_layers, config.num_attention_heads),
-        neurons=zeros(config.num_hidden_layers, config.intermediate_size),
-    )
+def measure(
+    model: HydraViTForImageClassification,
+    loader,
+    max_images: int,
+    has_classifier: bool = True,
+    disable_tqdm: bool = False,
+) -> Statistics:
+    """Run images through a model with plain norms. It keeps sums only, in float64.
 
-    def add_stream(norm, inputs, output):
+    Args:
+        model: The model.
+        loader: Batches with `pixel_values`, (B, C, H, W).
+        max_images: Number of images to take.
+        has_classifier: Whether the classifier tells what is read of the last norm. Else all of it counts alike.
+        disable_tqdm: Whether to hide the progress bar.
+    """
+    encoder, config = model.hydravit, model.config
+    readers = _readers(model, has_classifier)
+    zeros = partial(torch.zeros, dtype=torch.float64)
+    moments = {norm: zeros(config.hidden_size, config.hidden_size) for norm in readers}
+    head_scores = zeros(config.num_hidden_layers, config.num_attention_heads)
+    neuron_scores = zeros(config.num_hidden_layers, config.intermediate_size)
+
+    def add_moments(norm, inputs, output):
         tokens = output.detach().float()
         tokens = tokens[:, 0] if norm is encoder.layernorm else tokens.flatten(0, 1)  # the classifier reads one token
-        statistics.stream += (tokens.T @ tokens / len(tokens)).double().cpu() * len(output)
+        moments[norm] += (tokens.T @ tokens).double().cpu()
 
     def add_scores(scores, linear, inputs):
         (activations,) = inputs
@@ -166,11 +182,10 @@ def measure(model: HydraViTForImageClassification, loader, max_images: int, disa
 
         activations.register_hook(add)
 
-    hooks = [encoder.layernorm.register_forward_hook(add_stream)]
-    for layer, head_scores, neuron_scores in zip(encoder.layers, statistics.heads, statistics.neurons, strict=True):
-        hooks += [norm.register_forward_hook(add_stream) for norm in (layer.layernorm_before, layer.layernorm_after)]
-        hooks.append(layer.attention.o_proj.register_forward_pre_hook(partial(add_scores, head_scores)))
-        hooks.append(layer.mlp.fc2.register_forward_pre_hook(partial(add_scores, neuron_scores)))
+    hooks = [norm.register_forward_hook(add_moments) for norm in readers]
+    for layer, of_heads, of_neurons in zip(encoder.layers, head_scores, neuron_scores, strict=True):
+        hooks.append(layer.attention.o_proj.register_forward_pre_hook(partial(add_scores, of_heads)))
+        hooks.append(layer.mlp.fc2.register_forward_pre_hook(partial(add_scores, of_neurons)))
     model.requires_grad_(False)  # gradients of the activations are enough
     generator, count = torch.Generator().manual_seed(0), 0
     options = {"total": min(max_images, len(loader.dataset)) if has_length(loader.dataset) else None, "leave": False}
@@ -193,7 +208,23 @@ def measure(model: HydraViTForImageClassification, loader, max_images: int, disa
         model.requires_grad_(True)
     if count == 0:
         raise ValueError("`images` is empty: there is nothing to find the order on.")
-    return statistics
+    importance = zeros(config.hidden_size, config.hidden_size)
+    for norm, weights in readers.items():
+        weights = torch.cat(weights).double().cpu()
+        product = (weights.T @ weights) @ moments[norm]
+        importance += (product + product.T) / (2 * product.trace())
+    return Statistics(importance, head_scores, neuron_scores)
+
+
+def _readers(model: HydraViTForImageClassification, has_classifier: bool) -> dict[nn.LayerNorm, list[torch.Tensor]]:
+    """The weights of the layers that read each norm."""
+    last = model.classifier.weight.detach() if has_classifier else torch.eye(model.config.hidden_size)
+    readers = {model.hydravit.layernorm: [last]}
+    for layer in model.hydravit.layers:
+        attention = (layer.attention.q_proj, layer.attention.k_proj, layer.attention.v_proj)
+        readers[layer.layernorm_before] = [linear.weight.detach() for linear in attention]
+        readers[layer.layernorm_after] = [layer.mlp.fc1.weight.detach()]
+    return readers
 
 
 def _pixel_values_of(batch) -> torch.Tensor:
@@ -212,20 +243,21 @@ def helmert(width: int) -> torch.Tensor:
     return torch.cat((matrix / (columns * (columns + 1)).sqrt(), ones), dim=1)
 
 
-def find_rotation(stream: torch.Tensor) -> torch.Tensor:
-    """Find the rotation Q, (D, D), that takes the strongest directions of a stream into the leading channels.
+def find_rotation(importance: torch.Tensor) -> torch.Tensor:
+    """Find the rotation Q, (D, D), that takes the most important directions into the leading channels.
 
     Q keeps the vector of ones, so that it commutes with a plain layer norm. Less their mean, which a layer norm
-    removes, the first k channels hold the k - 1 strongest directions and nothing else, for any k.
+    removes, the first k channels hold the k - 1 most important directions and nothing else, for any k.
 
     Args:
-        stream: Second moments of the normalised stream, (D, D).
+        importance: A symmetric matrix, (D, D), whose eigenvectors are the directions and whose eigenvalues are their
+            importance.
     """
-    width = len(stream)
+    width = len(importance)
     mean = torch.full((width, width), 1 / width, dtype=torch.float64)
     centre = torch.eye(width, dtype=torch.float64) - mean
     # The ones get the least eigenvalue, so that they are the last direction
-    directions = torch.linalg.eigh(centre @ stream @ centre - stream.trace() * mean).eigenvectors.flip(1)
+    directions = torch.linalg.eigh(centre @ importance @ centre - 2 * importance.norm() * mean).eigenvectors.flip(1)
     largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
     return helmert(width) @ (directions * largest.sign()).T
 

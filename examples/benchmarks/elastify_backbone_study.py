@@ -84,7 +84,7 @@ class Enlarged:
         return self.model(enlarge(images), **options)
 
 
-def arrange(vit, arm: str, images: torch.Tensor) -> HydraViTForImageClassification:
+def arrange(vit, arm: str, images: torch.Tensor, has_classifier: bool = True) -> HydraViTForImageClassification:
     """Make an arm's elastic model from a ViT."""
     model = HydraViTForImageClassification.from_vit(
         vit, 6, image_size=SIZE, num_labels=10, subnetwork_heads=HEADS
@@ -93,11 +93,11 @@ def arrange(vit, arm: str, images: torch.Tensor) -> HydraViTForImageClassificati
         return model
     fold_norms(model)
     items = [{"pixel_values": image} for image in enlarge(images[:ORDERING_IMAGES])]
-    statistics = measure(model, DataLoader(items, batch_size=32), ORDERING_IMAGES, disable_tqdm=True)
+    statistics = measure(model, DataLoader(items, batch_size=32), ORDERING_IMAGES, has_classifier, disable_tqdm=True)
     if arm == "elastify":
-        rotate(model, find_rotation(statistics.stream))
+        rotate(model, find_rotation(statistics.importance))
     else:
-        rotate(model, torch.eye(384).double()[statistics.stream.diagonal().argsort(descending=True)])
+        rotate(model, torch.eye(384).double()[statistics.importance.diagonal().argsort(descending=True)])
     order(model, statistics.heads.argsort(descending=True), statistics.neurons.argsort(descending=True))
     return model
 
@@ -186,8 +186,9 @@ def measure_all(args: argparse.Namespace):
 
             add(f"taught/{arm}/{seed}", run)
     # 3. The probe without training
+    backbone = read_backbone(args.onnx)
     for arm in ARMS:
-        add(f"probe/{arm}", lambda arm=arm: probe(arrange(read_backbone(args.onnx), arm, data["train"][0]), data))
+        add(f"probe/{arm}", lambda arm=arm: probe(arrange(backbone, arm, data["train"][0], has_classifier=False), data))
 
 
 def report(rows: list[dict]) -> str:

@@ -192,11 +192,10 @@ def start(vit: ViTForImageClassification, kind: str, images: torch.Tensor, seed:
     loader = DataLoader([{"pixel_values": image} for image in images[:ORDERING_IMAGES]], batch_size=64)
     statistics = measure(model, loader, ORDERING_IMAGES, disable_tqdm=True)
     if kind == "rotated":
-        rotate(model, find_rotation(statistics.stream))
-    elif kind == "permuted":  # a rotation as well: channels in the order of their energy
-        rotate(
-            model, torch.eye(model.config.hidden_size).double()[statistics.stream.diagonal().argsort(descending=True)]
-        )
+        rotate(model, find_rotation(statistics.importance))
+    elif kind == "permuted":  # a rotation as well: channels in the order of their importance
+        channels = statistics.importance.diagonal().argsort(descending=True)
+        rotate(model, torch.eye(len(channels)).double()[channels])
     order(model, statistics.heads.argsort(descending=True), statistics.neurons.argsort(descending=True))
     if kind == "dynabert":
         rewired, model = model, DynaBERT(model.config)
