@@ -6,9 +6,11 @@ This file travels with each saved checkpoint as remote code.
 
 import base64
 import binascii
+import math
 import os
 import re
 import stat
+from contextlib import contextmanager
 from io import BytesIO
 from urllib.parse import urlsplit
 
@@ -19,33 +21,47 @@ from transformers.utils import is_vision_available
 from .fetching_hydravit import fetch
 
 if is_vision_available():  # the model itself needs no Pillow
-    from PIL import Image, ImageOps
+    from PIL import ExifTags, Image, ImageOps
 
-# The decoders that an image may use. Others are obsolete, or start an external program (EPS).
-FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+# The decoders that an image may use. Others are obsolete, start an external program (EPS), or decode an image of any
+# size before it is known (ICO).
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+HUGE_PIXELS, SMALLER_PIXELS = 2**24, 2**22  # an image of more than the first is made smaller, to at most the second
+# Bytes that a pixel takes at most while a file is decoded, measured with Pillow 12.3; CMYK takes half as many more
+BYTES_PER_PIXEL = {"AVIF": 16, "JPEG": 6.1, "JPEG2000": 25, "MPO": 6.1, "WEBP": 17}
+OTHER_BYTES_PER_PIXEL = 8
 MAX_RESIZED_PIXELS = 2**24  # of an image after its shorter side is resized; only extremely long ones have more
 
 
-def load_image(image, timeout: float | None = None, allow_urls: bool = True) -> "Image.Image":
+def load_image(
+    image, timeout: float | None = None, allow_urls: bool = True, max_memory_mb: float | None = None
+) -> "Image.Image":
     """Decode an image and turn it upright, as its camera was held.
 
+    An image of more than `HUGE_PIXELS` pixels becomes smaller by a whole factor, to at most `SMALLER_PIXELS`.
+
     Args:
-        image: A path, an http(s) URL, a `data:` URI, base64, bytes, a binary file object, a PIL image, or a numpy array
-            or tensor of shape (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels. If both sides could be the
-            channels, they are the last dimension of an array and the first one of a tensor. Arrays hold booleans, 8
-            bits, 16 bits, or floats from 0 to 1 or from 0 to 255.
+        image: A path, an http(s) URL, a `data:` URI, base64, bytes, a binary file object, a PIL image, an item
+            `{"bytes", "path"}` of a data set that does not decode its images, or a numpy array or tensor of shape
+            (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels. If both sides could be the channels, they are the
+            last dimension of an array and the first one of a tensor. Arrays hold booleans, 8 bits, 16 bits, or floats
+            from 0 to 1 or from 0 to 255.
         timeout: Seconds for the whole download of a URL. None waits for ever.
         allow_urls: Whether to download URLs. Turn it off if strangers choose the input.
+        max_memory_mb: Megabytes that decoding a file may take. None sets no limit.
 
     Raises:
         OSError: The file or URL does not exist, is not a regular file, or is not a whole image of one of `FORMATS`.
-        ValueError: The image has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels (nothing of it is decoded), an array has
-            another shape or range, or URLs are turned off.
+        ValueError: The image has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels or would take more memory (nothing of it
+            is decoded), an array has another shape or range, or URLs are turned off.
         TypeError: The object is nothing that can hold an image.
     """
+    if isinstance(image, dict):
+        image = image.get("path") if image.get("bytes") is None else image["bytes"]
     if isinstance(image, (np.ndarray, torch.Tensor)):
         return _from_array(image)
     if isinstance(image, Image.Image):
+        _check_size(image, max_memory_mb)
         return _decode(image)
     if isinstance(image, (bytes, bytearray, memoryview)):
         source = BytesIO(image)
@@ -57,6 +73,9 @@ def load_image(image, timeout: float | None = None, allow_urls: bool = True) -> 
         raise TypeError("images are paths, URLs, base64, bytes, files, PIL images, numpy arrays or tensors")
     Image.init()  # registers all decoders
     with Image.open(source, formats=[name for name in FORMATS if name in Image.OPEN]) as opened:
+        _check_size(opened, max_memory_mb)
+        if (factor := _factor(opened)) > 1:  # only the decoder of JPEG can do it
+            opened.draft(None, (opened.width // factor, opened.height // factor))
         return _decode(opened)
 
 
@@ -68,7 +87,8 @@ def with_channels(image: "Image.Image", num_channels: int) -> "Image.Image":
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = Image.fromarray(_to_eight_bits(np.asarray(image), sixteen_bits=image.mode.startswith("I;16")))
     if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     mode = "L" if num_channels == 1 else "RGB"
     return image if image.mode == mode else image.convert(mode)
 
@@ -88,8 +108,25 @@ def check_resized(image: "Image.Image", size: dict):
         )
 
 
+@contextmanager
+def naming(image, where: str = ""):
+    """Turn any error within this context into a `ValueError` that names the image.
+
+    Args:
+        image: The image, as `load_image` takes it.
+        where: Beginning of the message, such as the place of the image in a list.
+    """
+    try:
+        yield
+    except Exception as cause:
+        reason = getattr(cause, "strerror", None) or cause
+        raise ValueError(f"{where}{describe(image)} can't be read: {reason}") from cause
+
+
 def describe(image) -> str:
     """Name an image in an error message, without the password and the query of a URL."""
+    if isinstance(image, dict):
+        image = image.get("path") or image.get("bytes")
     if isinstance(image, (str, os.PathLike)):
         name = os.fspath(image)
         if re.match(r"https?://", name):
@@ -136,13 +173,58 @@ def _decode_base64(text: str) -> bytes:
     return data
 
 
-def _decode(image: "Image.Image") -> "Image.Image":
-    if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+def _check_size(image: "Image.Image", max_memory_mb: float | None):
+    """Raise a `ValueError` if the header of a file announces too large an image."""
+    pixels = image.width * image.height
+    if Image.MAX_IMAGE_PIXELS and pixels > Image.MAX_IMAGE_PIXELS:
         raise ValueError(
             f"it has {image.width} x {image.height} pixels, and more than {Image.MAX_IMAGE_PIXELS} "
             "(PIL.Image.MAX_IMAGE_PIXELS) are not decoded"
         )
-    return ImageOps.exif_transpose(image)
+    each = BYTES_PER_PIXEL.get(image.format, OTHER_BYTES_PER_PIXEL) * (1.5 if image.mode == "CMYK" else 1)
+    if image.format and max_memory_mb is not None and pixels * each > max_memory_mb * 1e6:
+        raise ValueError(
+            f"it has {image.width} x {image.height} pixels, which take up to {pixels * each / 1e6:.0f} MB as "
+            f"{image.format}, and more than {max_memory_mb:g} MB (`max_memory_mb`) are not used"
+        )
+
+
+def _factor(image: "Image.Image") -> int:
+    """The whole factor by which an image is made smaller: 1, unless it is huge."""
+    pixels = image.width * image.height
+    return 1 if pixels <= HUGE_PIXELS else math.ceil(math.sqrt(pixels / SMALLER_PIXELS))
+
+
+def _decode(image: "Image.Image") -> "Image.Image":
+    """Load an image, make it smaller if it is huge, and turn it upright. Its header has been checked."""
+    image.load()
+    is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    if (factor := _factor(image)) > 1:
+        image = _shrink(image, factor)
+    return ImageOps.exif_transpose(image) if is_turned else image
+
+
+def _shrink(image: "Image.Image", factor: int) -> "Image.Image":
+    """Make an image smaller. It goes tile by tile, as a conversion of the whole image would take as much memory."""
+    small, side = None, factor * 256
+    for top in range(0, image.height, side):
+        for left in range(0, image.width, side):
+            box = (left, top, min(left + side, image.width), min(top + side, image.height))
+            tile = _averageable(image.crop(box)).reduce(factor)
+            if small is None:
+                small = Image.new(tile.mode, (-(-image.width // factor), -(-image.height // factor)))
+            small.paste(tile, (left // factor, top // factor))
+    small.info |= {name: value for name, value in image.info.items() if name != "transparency"}
+    return small
+
+
+def _averageable(image: "Image.Image") -> "Image.Image":
+    """Convert an image to a mode in which neighbouring pixels have a mean."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray(_to_eight_bits(np.asarray(image), sixteen_bits=True))
+    if image.mode not in ("LA", "RGBA") and image.has_transparency_data:
+        return image.convert("RGBA")
+    return image.convert({"1": "L", "P": "RGB"}.get(image.mode, image.mode))
 
 
 def _from_array(array) -> "Image.Image":

@@ -9,12 +9,13 @@ import types
 from transformers import ImageClassificationPipeline
 from transformers.utils import is_vision_available
 
-from .images_hydravit import check_resized, describe, load_image, with_channels
+from .images_hydravit import check_resized, load_image, naming, with_channels
 
 if is_vision_available():
     from PIL import Image
 
 TASK = "hydravit-image-classification"
+MAX_MEMORY_MB = 300  # by default, for the image that takes most of it
 
 
 class HydraViTImageClassificationPipeline(ImageClassificationPipeline):
@@ -27,8 +28,8 @@ class HydraViTImageClassificationPipeline(ImageClassificationPipeline):
 
     It takes images of every kind that `images_hydravit.load_image` knows (paths, URLs, base64, bytes, files, PIL images
     of any mode, arrays, tensors), alone or in a list, a generator or a `Dataset`. As in training, it puts transparent
-    images on white and scales 16 bits to 8. It refuses images of more than `PIL.Image.MAX_IMAGE_PIXELS` pixels before
-    it decodes them. The stock pipeline does neither.
+    images on white and scales 16 bits to 8. It refuses images that would take too much memory before it decodes them.
+    The stock pipeline does neither.
 
     Each argument can be given to a call, or to `pipeline(...)` for all calls.
 
@@ -42,11 +43,20 @@ class HydraViTImageClassificationPipeline(ImageClassificationPipeline):
             "return" puts `{"error": message}` in its place and classifies the others.
         timeout: Seconds for the whole download of a URL (default 10).
         allow_urls: Whether to download URLs (default True). Turn it off if strangers choose the input.
+        max_memory_mb: Megabytes that decoding an image file may take (default 300, which is enough for photos of 50
+            megapixels and other files of 12 to 33). `PIL.Image.MAX_IMAGE_PIXELS` is a limit beside it.
         top_k, function_to_apply, batch_size: As in transformers.
     """
 
     def _sanitize_parameters(
-        self, num_heads_active=None, thresholds=None, criterion=None, errors=None, allow_urls=None, **kwargs
+        self,
+        num_heads_active=None,
+        thresholds=None,
+        criterion=None,
+        errors=None,
+        allow_urls=None,
+        max_memory_mb=None,
+        **kwargs,
     ):
         preprocess_params, forward_params, postprocess_params = super()._sanitize_parameters(**kwargs)
         config = self.model.config
@@ -62,7 +72,7 @@ class HydraViTImageClassificationPipeline(ImageClassificationPipeline):
             forward_params["num_heads_active"] = config.check_num_heads(num_heads_active)
         if errors not in (None, "raise", "return"):
             raise ValueError(f'`errors` must be "raise" or "return", not {errors!r}.')
-        given = {"errors": errors, "allow_urls": allow_urls}
+        given = {"errors": errors, "allow_urls": allow_urls, "max_memory_mb": max_memory_mb}
         preprocess_params |= {name: value for name, value in given.items() if value is not None}
         return preprocess_params, forward_params, postprocess_params
 
@@ -76,20 +86,19 @@ class HydraViTImageClassificationPipeline(ImageClassificationPipeline):
             inputs = (numbered for numbered in enumerate(inputs))  # the base class knows generators only
         return super().__call__(inputs, **kwargs)
 
-    def preprocess(self, image, timeout=10.0, errors="raise", allow_urls=True):
+    def preprocess(self, image, timeout=10.0, errors="raise", allow_urls=True, max_memory_mb=MAX_MEMORY_MB):
         number, given = image if isinstance(image, tuple) else (None, image)
         config, image, error = self.model.config, given, None
         try:
-            if config.num_channels in (1, 3):  # else the image is an array of as many channels
-                image = with_channels(load_image(image, timeout, allow_urls), config.num_channels)
-                check_resized(image, self.image_processor.size)
-            model_inputs = self.image_processor(images=image, return_tensors="pt").to(self.dtype)
-        except Exception as cause:
-            where = "" if number is None else f"Image {number} of the inputs: "
-            reason = getattr(cause, "strerror", None) or cause
-            error = f"{where}{describe(given)} can't be read: {reason}"
+            with naming(given, "" if number is None else f"Image {number} of the inputs: "):
+                if config.num_channels in (1, 3):  # else the image is an array of as many channels
+                    image = with_channels(load_image(image, timeout, allow_urls, max_memory_mb), config.num_channels)
+                    check_resized(image, self.image_processor.size)
+                model_inputs = self.image_processor(images=image, return_tensors="pt").to(self.dtype)
+        except ValueError as unreadable:
             if errors == "raise":
-                raise ValueError(error) from cause
+                raise
+            error = str(unreadable)
             blank = Image.new("L" if config.num_channels == 1 else "RGB", (16, 16))  # holds the place in the batch
             model_inputs = self.image_processor(images=blank, return_tensors="pt").to(self.dtype)
         return {"pixel_values": model_inputs["pixel_values"], "error": error}

@@ -2,6 +2,7 @@
 
 import base64
 import os
+import re
 from io import BytesIO
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from hydravit_hf.model.images_hydravit import check_resized, describe, load_image, with_channels
+from hydravit_hf.model import images_hydravit
+from hydravit_hf.model.images_hydravit import check_resized, describe, load_image, naming, with_channels
+from hydravit_hf.model.pipeline_hydravit import MAX_MEMORY_MB
 
 
 def noise(size: tuple[int, int] = (20, 24), channels: int = 3) -> Image.Image:
@@ -42,6 +45,7 @@ def test_every_source_gives_the_same_image(tmp_path):
     text = base64.b64encode(data).decode()
     sources = [path, str(path), IMAGE, data, bytearray(data), memoryview(data), BytesIO(data)]
     sources += [text, text[:70] + "\n" + text[70:], f"data:image/png;base64,{text}"]
+    sources += [{"bytes": data, "path": "missing.png"}, {"bytes": None, "path": str(path)}]
     sources += [PIXELS, torch.tensor(PIXELS), torch.tensor(PIXELS).permute(2, 0, 1), PIXELS.transpose(2, 0, 1)]
     for source in sources:
         assert same(load_image(source)), describe(source)
@@ -159,6 +163,80 @@ def test_an_image_that_is_too_long_to_be_resized_is_refused():
         check_resized(Image.new("L", (10_000, 1)), {"shortest_edge": 224})
 
 
+MODES = {"PNG": ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"], "JPEG": ["L", "RGB", "CMYK"], "TIFF": ["CMYK", "I", "F"]}
+MODES |= {"WEBP": ["RGB", "RGBA"], "GIF": ["P"], "PPM": ["RGB"], "BMP": ["1", "RGB"]}
+
+
+@pytest.mark.parametrize(("kind", "mode"), [(kind, mode) for kind, modes in MODES.items() for mode in modes])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_huge_image_is_the_same_one_at_a_smaller_size(monkeypatch, kind, mode, orientation):
+    """A gradient of 300 x 200 pixels, under limits that are a thousandth of the real ones."""
+    monkeypatch.setattr(images_hydravit, "HUGE_PIXELS", 16_000)
+    monkeypatch.setattr(images_hydravit, "SMALLER_PIXELS", 4_000)
+    ramp = np.linspace(0, 255, 300 * 200).reshape(200, 300)
+    gray = Image.fromarray(ramp.astype(np.uint8))
+    image = Image.fromarray((ramp * 257).astype(np.uint16)) if mode == "I;16" else gray.convert(mode)
+    if mode == "I":
+        image = Image.fromarray((ramp * 257).astype(np.int32))
+    file, exif = BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    image.save(file, kind, **({"exif": exif} if kind in ("PNG", "JPEG", "WEBP") else {}))
+    found = with_channels(load_image(file.getvalue()), 1)
+    if orientation == 6 and kind in ("PNG", "JPEG", "WEBP"):
+        found = found.transpose(Image.Transpose.ROTATE_90)
+    factor = 300 / found.width
+    assert factor == 4 and found.size == (75, 50)
+    if mode != "1":
+        assert np.abs(np.asarray(found).astype(int) - np.asarray(gray.reduce(4))).max() <= 3
+
+
+def test_an_image_is_made_smaller_in_tiles_as_it_would_be_at_once(monkeypatch):
+    image = noise((1500, 1100))
+    monkeypatch.setattr(images_hydravit, "HUGE_PIXELS", 500_000)
+    monkeypatch.setattr(images_hydravit, "SMALLER_PIXELS", 500_000)
+    assert same(load_image(image), np.asarray(image.reduce(2)))  # three times three tiles
+    image.info["transparency"] = tuple(PIXELS[0, 0])
+    assert load_image(image).mode == "RGBA" and image.size == (1100, 1500)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP", "JPEG2000"])
+def test_a_file_that_takes_too_much_memory_is_refused_before_it_is_decoded(monkeypatch, kind):
+    data = encoded(kind=kind)
+    assert load_image(data, max_memory_mb=1).size == IMAGE.size
+    monkeypatch.setattr(Image.Image, "load", lambda _: pytest.fail("The image was decoded."))
+    with pytest.raises(ValueError, match=rf"20 x 24|24 x 20 pixels.* MB as {kind}, and more than 0.001 MB"):
+        load_image(data, max_memory_mb=0.001)
+
+
+def memory(of: str) -> float:
+    """Megabytes that this process has now (VmRSS), or had at most since its peak was forgotten (VmHWM)."""
+    return int(re.search(rf"{of}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="this system tells no peak of memory")
+@pytest.mark.parametrize(
+    ("kind", "mode", "megapixels", "options"),
+    [
+        ("PNG", "RGBA", 37, {}),
+        ("PNG", "P", 37, {"transparency": 0}),
+        ("JPEG", "RGB", 49, {"progressive": True, "subsampling": 0}),
+        ("JPEG", "CMYK", 32, {"progressive": True}),
+        ("WEBP", "RGBA", 17.5, {}),
+        ("JPEG2000", "RGBA", 11.9, {}),
+        ("TIFF", "RGBA", 37, {"compression": "tiff_lzw", "tiffinfo": {278: 100_000}}),
+    ],
+)
+def test_the_largest_file_that_the_pipeline_takes_needs_at_most_300_megabytes(
+    tmp_path, kind, mode, megapixels, options
+):
+    side = int((megapixels * 1e6) ** 0.5)
+    Image.new(mode, (side, side)).save(tmp_path / "large", kind, **options)
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+    before = memory("VmRSS")
+    with_channels(load_image(tmp_path / "large", max_memory_mb=MAX_MEMORY_MB), 3)
+    assert 10 < memory("VmHWM") - before <= 300
+
+
 # Channels
 
 
@@ -202,8 +280,14 @@ def test_transparent_pixels_become_white():
         (PIXELS, "an array of shape (20, 24, 3)"),
         (b"abc", "an image of 3 bytes"),
         (IMAGE, "a RGB image of 24 x 20 pixels"),
+        ({"bytes": b"abc", "path": "cat.jpg"}, "'cat.jpg'"),
+        ({"bytes": b"abc", "path": None}, "an image of 3 bytes"),
+        ({"bytes": None, "path": None}, "an object of type NoneType"),
         (3, "an object of type int"),
     ],
 )
 def test_an_image_is_named_without_its_secrets(image, name):
     assert describe(image) == name
+    with pytest.raises(ValueError) as raised, naming(image, "Here: "):
+        raise KeyError("why")
+    assert str(raised.value) == f"Here: {name} can't be read: 'why'"
