@@ -69,6 +69,7 @@ def main(preemption: runs.Preemption):
     # 2. Data and model
     with accelerator.main_process_first():
         data = data_args.load()
+    data = data_args.leave_out_broken(data)
     labels = data["train"].features["label"].names
     model, processor = arguments.make_model(data_args, model_args, labels, data["train"])
     config = model.config

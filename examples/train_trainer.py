@@ -60,6 +60,7 @@ def main():
     # 1. Data and model
     with training_args.main_process_first():
         data = data_args.load()
+    data = data_args.leave_out_broken(data)
     labels = data["train"].features["label"].names
     model, processor = make_model(data_args, model_args, labels, data["train"])
     train_images, test_images = make_datasets(data, processor, augmentation, training_args.seed)

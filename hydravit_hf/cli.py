@@ -44,6 +44,7 @@ Device = Annotated[
     str | None, typer.Option(metavar="NAME", help="Device, such as cpu or cuda.", show_default="cuda if there is one")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+FINDINGS = {"broken": "broken", "huge": "huge", "duplicates": "in both splits"}
 CRITERION = "Measure of uncertainty: entropy, margin or probability."
 
 
@@ -103,6 +104,9 @@ def evaluate(
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
     config_name: ConfigName = None,
+    skip_broken_images: Annotated[
+        bool, typer.Option("--skip-broken-images", help="Leave out the images that can't be read.")
+    ] = False,
     device: Device = None,
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write the rows to this file, for `hydravit card`.")
@@ -115,14 +119,47 @@ def evaluate(
 
     loaded = _load(model, device)
     columns = {"image_column": image_column, "label_column": label_column, "name": config_name}
-    images = _load_images(model, loaded.config, data, split, **columns)
+    images, left_out = _load_images(model, loaded.config, data, split, skip_broken_images, **columns)
     rows = add_costs(loaded.config, evaluate_subnetworks(loaded, images, heads, batch_size))
     if output is not None:
         output.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     if as_json:
         return _print_json(rows)
     _print_rows(rows)
-    print(f"\n{len(images)} images of {data}, split {split}")
+    print(
+        f"\n{len(images)} images of {data}, split {split}"
+        + (f"; {left_out} broken images left out" if left_out else "")
+    )
+
+
+@app.command()
+def check_data(
+    data: Data,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    config_name: ConfigName = None,
+    num_proc: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Number of processes that read images.", show_default="one a core, 8 at most"
+        ),
+    ] = None,
+    as_json: Json = False,
+):
+    """Read every image once, and say what is there: the images of each class, broken, huge and duplicate ones.
+
+    The exit code is 1 if an image can't be read or is in both splits.
+    """
+    from .data_checks import check_images
+
+    columns = {"image_column": image_column, "label_column": label_column, "name": config_name}
+    report = check_images(_load_splits(data, **columns), num_proc)
+    if as_json:
+        _print_json(report)
+    else:
+        _print_report(report)
+    if report["broken"] or report["duplicates"]:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -236,7 +273,7 @@ def cascade(
         raise ValueError(f"`--save` writes into a local folder, which '{model}' is not.")
     loaded = _load(model, device)
     columns = {"image_column": image_column, "label_column": label_column, "name": config_name}
-    images = _load_images(model, loaded.config, data, split, **columns)
+    images, _ = _load_images(model, loaded.config, data, split, **columns)
     goals = {"max_macs": max_macs, "max_latency_ms": max_latency_ms, "max_accuracy_loss": max_accuracy_loss}
     fitted = fit_cascade(loaded, images, heads or None, **goals, criterion=criterion, batch_size=batch_size)
     if save:
@@ -359,7 +396,7 @@ def elastify(
 
     Where the images have the classes of the ViT, every width is evaluated on those held out, and the card is written.
     """
-    from .data import load_image_files, to_pixel_values
+    from .data import load_image_files, to_pixel_values, undecoded
     from .elastification import elastify
     from .folders import check_new_or_empty
     from .image_processing import load_image_processor
@@ -374,7 +411,7 @@ def elastify(
         splits = {"train": load_image_files(images)}
     else:
         splits = _load_splits(images, image_column=image_column, label_column=label_column, name=config_name)
-    measured = splits["train"].with_transform(to_pixel_values(processor))
+    measured = undecoded(splits["train"]).with_transform(to_pixel_values(processor))
     model = elastify(source, measured, num_attention_heads, max_images, batch_size, _device(device))
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -393,12 +430,12 @@ def elastify(
 
 def _evaluate_elastified(model, source, processor, test, folder: Path, vit: str, images: str, recipe: str):
     """Evaluate every width beside the ViT that the model was made from, and write the card."""
-    from .data import align_labels, to_pixel_values
+    from .data import align_labels, to_pixel_values, undecoded
     from .evaluation import evaluate_classifier, evaluate_subnetworks
     from .model.modeling_hydravit import HydraViTForImageClassification
     from .model_card import save_model_card
 
-    test = align_labels(test, model.config.label2id).with_transform(to_pixel_values(processor))
+    test = undecoded(align_labels(test, model.config.label2id)).with_transform(to_pixel_values(processor))
     original = HydraViTForImageClassification.from_vit(source, source.arguments["num_attention_heads"])
     accuracy = evaluate_classifier(original.to(model.device), test)["accuracy"]
     rows = evaluate_subnetworks(model, test)
@@ -511,11 +548,13 @@ def _load_splits(data: str, **columns: str | None):
     return load_images(**sources, **{name: value for name, value in columns.items() if value is not None})
 
 
-def _load_images(model: str, config, data: str, split: str, **columns: str | None):
-    """Load labelled images and prepare them for a model, whose classes they must have."""
+def _load_images(model: str, config, data: str, split: str, skip_broken: bool = False, **columns: str | None):
+    """Load labelled images and prepare them for a model, whose classes they must have. Returns them, and the number of
+    those that were left out."""
     from transformers import AutoImageProcessor
 
-    from .data import align_labels, check_labels, to_pixel_values
+    from .data import align_labels, check_labels, to_pixel_values, undecoded
+    from .data_checks import leave_out_broken
 
     splits = _load_splits(data, **columns)
     if split not in splits:
@@ -526,7 +565,12 @@ def _load_images(model: str, config, data: str, split: str, **columns: str | Non
     if config.id2label[0] != "LABEL_0":  # the names of classes tell more than their numbers
         images = align_labels(images, config.label2id)
     check_labels(images, config.num_labels)
-    return images.with_transform(to_pixel_values(AutoImageProcessor.from_pretrained(model)))
+    left_out = 0
+    if skip_broken:
+        kept, numbers = leave_out_broken({split: images})
+        images, left_out = kept[split], numbers[split]
+    transform = to_pixel_values(AutoImageProcessor.from_pretrained(model))
+    return undecoded(images).with_transform(transform), left_out
 
 
 def _check_at_most_one(options: dict):
@@ -558,6 +602,24 @@ def _print_fitted(fitted: dict):
 def _short(source: str) -> str:
     """The Hub id, or the name of a local folder without those above it."""
     return Path(source).resolve().name if Path(source).exists() else source
+
+
+def _print_report(report: dict):
+    def name(place: dict) -> str:
+        return _printable(place.get("path") or f"row {place['row']}") + f" ({place['split']})"
+
+    splits = list(next(iter(report["classes"].values())))
+    for split in splits:
+        print(f"{split}: {sum(numbers[split] for numbers in report['classes'].values())} images")
+    for label, numbers in report["classes"].items():
+        print(f"  {_printable(label)}: " + ", ".join(f"{numbers[split]} {split}" for split in splits))
+    for place in report["broken"]:
+        print(f"broken: {place['split']}, row {place['row']}: {_printable(place['error'])}")
+    for place in report["huge"]:
+        print(f"huge: {name(place)}: {place['pixels'] / 1e6:.0f} megapixels")
+    for same in report["duplicates"]:
+        print(f"in both splits: {', '.join(map(name, same))}")
+    print(", ".join(f"{len(report[kind])} {words}" for kind, words in FINDINGS.items()))
 
 
 def _print_rows(rows: list[dict]):

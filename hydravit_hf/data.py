@@ -20,10 +20,11 @@ from datasets import (
     Value,
     load_dataset,
 )
+from datasets.utils.file_utils import is_local_path, xopen
 from PIL import Image as PILImage
 from transformers.utils import logging
 
-from .model.images_hydravit import FORMATS, check_resized, with_channels
+from .model.images_hydravit import FORMATS, check_resized, load_image, naming, with_channels
 
 logger = logging.get_logger(__name__)
 
@@ -322,7 +323,9 @@ def _check_labelled(dataset: Dataset, label: str, split: str):
 def to_pixel_values(processor, augment=None):
     """Make a transform for `Dataset.with_transform`. It turns images and labels into what a model takes.
 
-    It reads the columns `image` and, if there is one, `label`, and gives `pixel_values`, (C, H, W), and `labels`.
+    It reads the columns `image` and, if there is one, `label`, and gives `pixel_values`, (C, H, W), and `labels`. The
+    images may be decoded or not. An image that can't be read is a `ValueError`, which names its file if the column is
+    `undecoded`.
 
     Args:
         processor: The model's image processor.
@@ -330,9 +333,9 @@ def to_pixel_values(processor, augment=None):
 
     Example:
         >>> from hydravit_hf import HydraViTConfig, make_image_processor
-        >>> from hydravit_hf.data import load_digits, to_pixel_values
+        >>> from hydravit_hf.data import load_digits, to_pixel_values, undecoded
         >>> processor = make_image_processor(HydraViTConfig(image_size=16))
-        >>> images = load_digits()["test"].with_transform(to_pixel_values(processor))
+        >>> images = undecoded(load_digits()["test"]).with_transform(to_pixel_values(processor))
         >>> images[0]["pixel_values"].shape
         torch.Size([3, 16, 16])
     """
@@ -340,14 +343,35 @@ def to_pixel_values(processor, augment=None):
 
 
 def _to_pixel_values(batch: dict, processor, augment) -> dict:
-    images = [with_channels(image, len(processor.image_mean)) for image in batch["image"]]
-    for image in images:
-        check_resized(image, processor.size)
+    images = []
+    for given in batch["image"]:
+        image = with_channels(read_image(given), len(processor.image_mean))
+        with naming(given):
+            check_resized(image, processor.size)
+        images.append(image)
     if augment is not None:
         images = [augment(image) for image in images]
     pixel_values = processor(images, return_tensors="pt")["pixel_values"]
     labels = {"labels": torch.tensor(batch["label"])} if "label" in batch else {}
     return {"pixel_values": list(pixel_values)} | labels
+
+
+def undecoded(dataset):
+    """The same data set with a column `image` that is decoded by `read_image` only, so that errors name the file."""
+    return dataset.cast_column("image", Image(decode=False))
+
+
+def read_image(image) -> PILImage.Image:
+    """Decode an image of a data set, if it isn't decoded yet.
+
+    Raises:
+        ValueError: The image can't be read. The message names its file, if there is one.
+    """
+    with naming(image):
+        if isinstance(image, dict) and image["bytes"] is None and image["path"] and not is_local_path(image["path"]):
+            with xopen(image["path"], "rb") as file:  # a stream from the Hub, or an archive
+                return load_image(file.read())
+        return load_image(image)
 
 
 def check_labels(dataset: Dataset, num_labels: int):

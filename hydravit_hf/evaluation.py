@@ -78,8 +78,9 @@ def evaluate_subnetworks(
     if accelerator is not None:
         loader, gather = accelerator.prepare_data_loader(loader), accelerator.gather_for_metrics
     metric, found_images = SubnetworkMetric(SCORES), False
-    with evaluating(model):
-        for batch in tqdm(loader, desc="Evaluating", disable=disable_tqdm, leave=False):
+    progress = tqdm(loader, desc="Evaluating", disable=disable_tqdm, leave=False)
+    with evaluating(model), progress:  # so that an error closes the bar, too
+        for batch in progress:
             pixel_values, labels = batch["pixel_values"].to(model.device), batch["labels"].to(model.device)
             for num_heads in dict.fromkeys(heads):
                 logits = model(pixel_values, num_heads_active=num_heads).logits

@@ -123,6 +123,49 @@ def test_classes_are_matched_by_their_names(hydravit, make_model, tmp_path):
     assert code == 1 and "no label '" in err
 
 
+@pytest.fixture
+def images(tmp_path):
+    """A folder of digits in two splits."""
+    for split, items in load_digits().items():
+        for number, item in enumerate(items.select(range(20))):
+            (tmp_path / "images" / split / str(item["label"])).mkdir(parents=True, exist_ok=True)
+            item["image"].save(tmp_path / "images" / split / str(item["label"]) / f"{number}.png")
+    return tmp_path / "images"
+
+
+def test_evaluate_names_a_broken_image_in_one_line_or_leaves_it_out(hydravit, folder, images):
+    broken = next(images.glob("test/*/7.png"))
+    expected = json.loads(hydravit("evaluate", folder, images, "--heads", 3, "--json")[1])
+    broken.write_bytes(broken.read_bytes()[:-60])
+    code, out, err = hydravit("evaluate", folder, images, "--heads", 3)
+    assert code == 1 and out == "" and err.splitlines()[-1].startswith(f"error: '{broken}' can't be read: ")
+    code, out, err = hydravit("evaluate", folder, images, "--heads", 3, "--skip-broken-images")
+    assert code == 0 and out.endswith(f"19 images of {images}, split test; 1 broken images left out\n")
+    broken.unlink()
+    code, again, _ = hydravit("evaluate", folder, images, "--heads", 3)
+    assert again.splitlines()[:3] == out.splitlines()[:3] and again.endswith("split test\n") and len(expected) == 1
+
+
+def test_check_data_says_what_is_there_and_its_exit_code_whether_it_is_good(hydravit, images):
+    code, out, _ = hydravit("check-data", images, "--num-proc", 1)
+    assert code == 0 and out.startswith("train: 20 images\ntest: 20 images\n  0: ")
+    assert out.endswith("\n0 broken, 0 huge, 0 in both splits\n")
+    copied = images / "test" / "3" / "copy.png"
+    copied.write_bytes(next(images.glob("train/5/*.png")).read_bytes())
+    code, out, _ = hydravit("check-data", images, "--num-proc", 1)
+    assert code == 1 and f", {copied} (test)\n0 broken, 0 huge, 1 in both splits\n" in out
+    copied.write_text("not an image")
+    code, out, _ = hydravit("check-data", images, "--num-proc", 1)
+    assert code == 1 and "broken: test, row " in out and str(copied) in out
+    code, out, _ = hydravit("check-data", images, "--json")
+    report = json.loads(out)
+    assert code == 1 and [place["path"] for place in report["broken"]] == [str(copied)]
+    assert sum(numbers["train"] for numbers in report["classes"].values()) == 20
+    assert hydravit("check-data", "digits")[0] == 0
+    code, out, err = hydravit("check-data", images / "nowhere")
+    assert code == 1 and out == "" and err.startswith("error: ")
+
+
 def test_predict_gives_labels_and_reports_what_it_cannot_read(hydravit, folder, tmp_path):
     load_digits()["test"][0]["image"].save(tmp_path / "digit.png")
     (tmp_path / "text.png").write_text("not an image")
@@ -310,7 +353,18 @@ def test_wrong_usage_exits_with_2(hydravit):
     for arguments in (["profile"], ["predict", "model"], ["nonsense"], ["profile", "model", "--batch-size", "0"]):
         assert hydravit(*arguments)[0] == 2
     code, out, _ = hydravit("--help")
-    commands = ("profile", "evaluate", "predict", "cascade", "extract", "export", "convert", "card", "push")
+    commands = (
+        "profile",
+        "evaluate",
+        "check-data",
+        "predict",
+        "cascade",
+        "extract",
+        "export",
+        "convert",
+        "card",
+        "push",
+    )
     assert code == 0 and all(command in out for command in commands)
 
 

@@ -326,6 +326,31 @@ def test_finetuning_starts_from_a_stock_vit_and_takes_the_labels_from_a_folder_o
     assert [row["num_heads"] for row in json.loads((tmp_path / "out" / "results.json").read_text())] == [3, 4, 5]
 
 
+@pytest.mark.parametrize(
+    "script",
+    [
+        "train_accelerate.py",
+        pytest.param("train_trainer.py", marks=pytest.mark.slow),
+        pytest.param("finetune_trainer.py", marks=pytest.mark.slow),
+    ],
+)
+def test_a_broken_image_is_named_or_left_out(digits_model, tmp_path, script):
+    save_images(tmp_path / "images", 60)
+    broken = next((tmp_path / "images").glob("3/*.png"))
+    broken.write_bytes(broken.read_bytes()[:-60])
+    options = ["--data_dir", tmp_path / "images", "--model_name_or_path", digits_model]
+    options += ["--output_dir", tmp_path / "out"]
+    options += ["--per_device_train_batch_size", 8]
+    options += ["--max_train_steps", 8, "--num_workers", 1] if script == "train_accelerate.py" else ["--max_steps", 8]
+    result = run(script, *options)
+    assert result.returncode != 0
+    assert f"\nValueError: '{broken}' can't be read: " in result.stderr  # the bar of the steps may follow
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    printed = finish(script, *options, "--skip_broken_images")
+    assert f"held-out images of {tmp_path / 'images'} (1 broken images left out)\n" in printed
+    assert "(1 broken images left out)" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_a_wrong_model_path_is_one_line_that_names_it(tmp_path):
     options = [*FINETUNE, "--output_dir", tmp_path / "out"]
     result = run("finetune_trainer.py", *options, "--model_name_or_path", tmp_path / "nowhere")

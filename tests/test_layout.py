@@ -34,6 +34,7 @@ LAYERS = [
     ["folders", "image_processing", "metrics", "onnx_graphs", "reporting"],
     ["convert_checkpoint", "data", "evaluation", "export", "hub"],
     [
+        "data_checks",
         "training.__init__",
         *(f"training.{name}" for name in ("augmentation", "averaging", "optimizer", "runs", "teacher")),
     ],

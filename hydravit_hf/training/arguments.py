@@ -52,8 +52,12 @@ class DataArguments:
     train_split: str | None = option(None, "Split to train on. Default: found by name.")
     test_split: str | None = option(None, "Split to test on. Default: found by name, or a fifth is held out.")
     streaming: bool = option(False, "Read the images while training; make no local copy.")
+    skip_broken_images: bool = option(False, "Read all images first, and leave out those that can't be read.")
 
     def __post_init__(self):
+        self.left_out = 0
+        if self.streaming and self.skip_broken_images:
+            raise ValueError("--skip_broken_images reads all images first: not with --streaming")
         if self.streaming and self.is_digits:
             raise ValueError("--streaming needs --dataset_name or --data_dir")
 
@@ -71,6 +75,16 @@ class DataArguments:
         data = load_images(self.dataset_name, self.data_dir, **columns, **splits, **options)
         if not self.streaming:
             check_labels(data["train"], data["train"].features["label"].num_classes)
+        return data
+
+    def leave_out_broken(self, data):
+        """With `skip_broken_images`, leave out the images that can't be read. Call it in all processes alike."""
+        if not self.skip_broken_images:
+            return data
+        from ..data_checks import leave_out_broken
+
+        data, numbers = leave_out_broken(data)
+        self.left_out = sum(numbers.values())
         return data
 
 
@@ -262,10 +276,10 @@ def _start_from_vit(start: str, images, options: dict, model_args: ModelArgument
     if not model_args.elastify:
         num_heads = model_args.num_attention_heads or 12
         return HydraViTForImageClassification.from_vit(source, num_heads, **options), processor
-    from ..data import to_pixel_values
+    from ..data import to_pixel_values, undecoded
     from ..elastification import elastify
 
-    images = images.with_transform(to_pixel_values(processor))
+    images = undecoded(images).with_transform(to_pixel_values(processor))
     return elastify(source, images, model_args.num_attention_heads, **options), processor
 
 
@@ -298,7 +312,7 @@ def make_datasets(
     from datasets import IterableDataset
     from datasets.distributed import split_dataset_by_node
 
-    from ..data import to_pixel_values
+    from ..data import to_pixel_values, undecoded
 
     transform = to_pixel_values(processor)
     view = partial(_plain_view, transform=transform)
@@ -310,7 +324,7 @@ def make_datasets(
             rand_augment_magnitude=augmentation.rand_augment_magnitude,
             random_erasing=augmentation.random_erasing,
         )
-    train, test = data["train"], data["test"]
+    train, test = undecoded(data["train"]), undecoded(data["test"])
     if not isinstance(train, IterableDataset):
         return TrainingImages(train, view, seed), test.with_transform(transform)
     train = split_dataset_by_node(train.shuffle(seed, buffer_size=SHUFFLE_BUFFER), process_index, num_processes)
@@ -334,6 +348,8 @@ def describe_card(data_args: DataArguments, model_args: ModelArguments, test_ima
     """The arguments of `create_model_card` that name the held-out images and the model that training started from."""
     count = None if data_args.streaming else len(test_images)
     source = data_args.dataset_name or data_args.data_dir or "the handwritten digits of scikit-learn"
+    if data_args.left_out:
+        source += f" ({data_args.left_out} broken images left out)"
     start = model_args.model_name_or_path or model_args.from_vit
     return {
         "dataset_name": f"{'' if count is None else f'{count} '}held-out images of {source}",

@@ -14,6 +14,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
 from torch.utils.data import get_worker_info
 
+from ..data import read_image
 from ..model.images_hydravit import with_channels
 
 MAX_MAGNITUDE, MAGNITUDE_STD = 10, 0.5
@@ -100,15 +101,16 @@ class TrainingAugmentation:
         self.magnitude, self.num_ops = rand_augment_magnitude, rand_augment_num_ops
         self.random_erasing = random_erasing
 
-    def __call__(self, image: Image.Image, seed: tuple[int, ...]) -> torch.Tensor:
+    def __call__(self, image, seed: tuple[int, ...]) -> torch.Tensor:
         """Make the view, (C, H, W), of an image of any size and mode.
 
         Args:
-            image: The image.
+            image: The image, decoded or as an undecoded data set has it.
             seed: Numbers that are not negative, such as (seed of the run, epoch, index). All images of a run have as
                 many.
         """
         draw, (height, width) = np.random.default_rng(seed), self.size
+        image = read_image(image)
         image = image.crop(draw_rectangle(draw, *image.size, self.crop_scale, CROP_ASPECT))
         image = with_channels(image, len(self.mean)).resize((width, height), self.resample)
         if draw.random() < self.flip:
