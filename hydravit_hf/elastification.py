@@ -26,7 +26,7 @@ from .evaluation import evaluating, make_loader
 from .model.modeling_hydravit import HydraViTForImageClassification
 from .model.sources_hydravit import Source, read_source
 
-TOKENS = 800  # in a pass, by default: four images of 14 x 14 patches
+TOKENS = 400  # in a pass, by default: two images of 14 x 14 patches
 
 
 def elastify(
@@ -81,17 +81,19 @@ def elastify(
         _with_biases(source), source.arguments["num_attention_heads"], **image_size
     )
     model.to(device or model.device)
+    was_training, has_classifier = source.training, "classifier.weight" in source.tensors
+    del source  # a ViT that was read from a path is held by nothing else
     fold_norms(model)
     if batch_size is None:
         batch_size = max(1, TOKENS // math.prod(model.config.patch_grid))
-    loader, has_classifier = _take(images, max_images, batch_size), "classifier.weight" in source.tensors
+    loader = _take(images, max_images, batch_size)
     statistics = measure(model, loader, max_images, has_classifier, disable_tqdm)
     rotate(model, find_rotation(statistics.importance))
     order(model, *(scores.argsort(descending=True, stable=True) for scores in (statistics.heads, statistics.neurons)))
     if config_kwargs or num_attention_heads not in (None, model.config.num_attention_heads):
         heads = num_attention_heads or model.config.num_attention_heads
         model = HydraViTForImageClassification.from_vit(model.to_vit(), heads, **config_kwargs)
-    return model.train(source.training)
+    return model.train(was_training)
 
 
 def _with_biases(source: Source) -> Source:
