@@ -355,3 +355,19 @@ def test_the_time_and_the_memory_of_elastify_are_printed(run_here):
     printed = run_here("benchmark_elastify.py", "--images", 4, "--config", json.dumps(config | {"image_size": 32}))
     row = json.loads(printed)
     assert row["seconds"] > 0 and row["images"] == 4
+
+
+def test_the_table_on_elastify_is_that_of_the_results(elastify_study):
+    rows = {row["run"]: row for row in elastify_study.read_rows(BENCHMARKS / "results" / "elastify_study.jsonl")}
+    names = {"leading slices (`from_vit`)": "leading slices", "leading slices, labels": "leading slices"}
+    names |= {"leading slices, taught": "leading slices, taught", "`elastify`": "elastify, taught"}
+    names |= {"`elastify`, taught": "elastify, taught"}
+    shown = table_of((DOCS / "elastify.md").read_text(encoding="utf-8").partition("How good it is")[2])
+    assert len(shown) == 8
+    for start, steps, images, *cells in shown[1:]:
+        of_tuning = f"tuning/{names[start]}/0.001"
+        row = rows[of_tuning if images == "validation" else f"{names[start]}/{steps}/0"]
+        assert [float(cell) for cell in cells] == pytest.approx([100 * share for share in row[images]], abs=0.051)
+    for arm in set(names.values()):  # the learning rate is the better one
+        means = {rate: np.mean(rows[f"tuning/{arm}/{rate}"]["validation"]) for rate in elastify_study.LEARNING_RATES}
+        assert max(means, key=means.get) == 1e-3
