@@ -37,6 +37,7 @@ _LAZY_NAMES = {
     "make_image_processor": "image_processing",
     "profile_subnetworks": "profiling",
     "push_checkpoint": "hub",
+    "reshard_checkpoint": "resharding",
     "sample_subnetworks": "training.steps",
     "HydraViTTrainer": "training.trainer",
     "HydraViTTrainingArguments": "training.trainer",

@@ -11,6 +11,7 @@ from .model.modeling_hydravit import HydraViTBackbone, HydraViTForImageClassific
 from .model.pipeline_hydravit import HydraViTImageClassificationPipeline
 from .model_card import ModelCardCallback, create_model_card
 from .profiling import choose_num_heads, profile_subnetworks
+from .resharding import reshard_checkpoint
 from .training.steps import sample_subnetworks
 from .training.trainer import HydraViTTrainer, HydraViTTrainingArguments
 
@@ -36,5 +37,6 @@ __all__ = [
     "make_image_processor",
     "profile_subnetworks",
     "push_checkpoint",
+    "reshard_checkpoint",
     "sample_subnetworks",
 ]

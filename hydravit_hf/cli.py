@@ -517,14 +517,37 @@ def push(
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Further files to upload, such as 'examples/*.jpg'. Repeat it for more."),
     ] = None,
+    shard_by_heads: Annotated[
+        bool,
+        typer.Option("--shard-by-heads", help="Upload a file for each trained width: k heads download those up to k."),
+    ] = False,
 ):
     """Publish the folder of a checkpoint on the Hub, in one commit."""
     from .hub import push_checkpoint
 
-    commit = push_checkpoint(
-        folder, repo_id, private=private, revision=revision, commit_message=message, include=include
-    )
-    print(commit.commit_url)
+    options = {"private": private, "revision": revision, "commit_message": message, "include": include}
+    print(push_checkpoint(folder, repo_id, **options, shard_by_heads=shard_by_heads).commit_url)
+
+
+@app.command()
+def reshard(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a saved HydraViT.")],
+    folder: Annotated[Path, typer.Argument(metavar="DST", help="Folder to save to, new or empty.")],
+    heads: Heads = None,
+    one_file: Annotated[bool, typer.Option("--one-file", help="Write one file instead of one for each width.")] = False,
+):
+    """Save the weights of a model in a file for each width, or back in one file, with all its other files.
+
+    From files by width, a load of k heads downloads and reads those up to k only.
+    """
+    from .folders import check_new_or_empty
+    from .resharding import is_weights, reshard_checkpoint
+
+    _check_at_most_one({"--heads": heads, "--one-file": one_file})
+    check_new_or_empty(folder)
+    reshard_checkpoint(source, folder, shard_by_heads=not one_file and (heads or True))
+    for file in sorted(file for file in folder.glob("*.safetensors") if is_weights(file.name)):
+        print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
 
 
 def _load(model: str, device: str | None = None, **kwargs):

@@ -3,14 +3,16 @@
 import json
 from fnmatch import fnmatchcase
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import yaml
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
-from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from .model.configuration_hydravit import HydraViTConfig
+from .model.shards_hydravit import Shard, open_weights, read_index
+from .resharding import is_weights, reshard_checkpoint
 
 logger = logging.get_logger(__name__)
 
@@ -30,12 +32,14 @@ def push_checkpoint(
     revision: str | None = None,
     commit_message: str = "Upload HydraViT",
     include: list[str] | None = None,
+    shard_by_heads: bool | list[int] = False,
 ) -> CommitInfo:
     """Publish the folder of a saved HydraViT on the Hub.
 
     It uploads what a checkpoint consists of: weights, configuration, code, the image processor, the card README.md, its
     plot, results.json, licences and ONNX files. A line names the other files, which stay here: they may hold secrets,
-    states of the training or logs. So do links that lead out of the folder. Files that are only in the repository stay.
+    states of the training or logs. So do links that lead out of the folder. Files that are only in the repository stay,
+    but for weights of its last commit that these replace.
 
     All files become one commit. If an upload breaks off, the repository stays as it was, or empty if it is new.
 
@@ -49,11 +53,14 @@ def push_checkpoint(
         revision: Branch to commit to. It is made from the main branch if it does not exist. None means the main branch.
         commit_message: First line of the commit's message.
         include: Patterns of further files to upload, such as "examples/*.jpg", relative to the folder.
+        shard_by_heads: Whether to upload the weights in files by width, so that a load of k heads downloads those of k
+            heads only. A list names the widths that get a file. False uploads the files as they are.
 
     Raises:
         FileNotFoundError: The folder does not exist, or lacks its configuration or some of its weights.
-        ValueError: The configuration belongs to another model, a weights file is damaged, or the Hub refuses the card.
-            Nothing is uploaded then; only the card is sent, to be checked.
+        ValueError: The configuration belongs to another model, a weights file is damaged, `shard_by_heads` names a
+            width that was not trained, or the Hub refuses the card. Nothing is uploaded then; only the card is sent, to
+            be checked.
         OSError: The Hub refuses the upload (`HfHubHTTPError`), fails or can't be reached.
     """
     folder = Path(folder)
@@ -70,20 +77,33 @@ def push_checkpoint(
     names = list(filter_repo_objects(sent, ignore_patterns=DEFAULT_IGNORE_PATTERNS))
     _check_config(folder)
     _check_weights(folder, names)
-    try:
-        if "README.md" in names:
-            _check_card(folder / "README.md")
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        files = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in names]
-        return api.create_commit(repo_id, files, commit_message=commit_message, revision=revision)
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # from the client's HTTP library or its threads
-        reasons = dict.fromkeys(str(reason) for reason in (error, error.__cause__) if reason)
-        raise OSError(f"The upload of '{folder}' to '{repo_id}' broke off: {' '.join(reasons)}") from error
+    paths = {name: folder / name for name in names}
+    with TemporaryDirectory() as temporary:
+        if shard_by_heads is not False:
+            reshard_checkpoint(folder, temporary, shard_by_heads)
+            resharded = {path.name: path for path in Path(temporary).iterdir() if is_weights(path.name)}
+            paths = {name: path for name, path in paths.items() if not is_weights(name)} | resharded
+        try:
+            if "README.md" in names:
+                _check_card(folder / "README.md")
+            return _commit(paths, HfApi(token=token), repo_id, private, revision, commit_message)
+        except (OSError, ValueError):
+            raise
+        except Exception as error:  # from the client's HTTP library or its threads
+            reasons = dict.fromkeys(str(reason) for reason in (error, error.__cause__) if reason)
+            raise OSError(f"The upload of '{folder}' to '{repo_id}' broke off: {' '.join(reasons)}") from error
+
+
+def _commit(paths: dict[str, Path], api: HfApi, repo_id: str, private, revision, commit_message: str) -> CommitInfo:
+    """Upload files under their names, and remove the weights that they replace, all in one commit."""
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    there = set(api.list_repo_files(repo_id, revision=revision))
+    # A load starts from `model.safetensors` if there is one, so an old one must not stay beside a new index
+    steps = [CommitOperationDelete(name) for name in sorted(there - paths.keys()) if is_weights(name)]
+    steps += [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in paths.items()]
+    return api.create_commit(repo_id, steps, commit_message=commit_message, revision=revision)
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -102,20 +122,26 @@ def _check_config(folder: Path):
 
 
 def _check_weights(folder: Path, names: list[str]):
-    if SAFE_WEIGHTS_NAME in names:
-        needed = {SAFE_WEIGHTS_NAME}
-    elif SAFE_WEIGHTS_INDEX_NAME in names:
-        needed = set(_read_json(folder / SAFE_WEIGHTS_INDEX_NAME).get("weight_map", {}).values())
-    else:
-        raise FileNotFoundError(f"'{folder}' has no weights: no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}.")
-    if missing := sorted(needed - set(names)):
-        raise FileNotFoundError(f"'{folder}' lacks weights that {SAFE_WEIGHTS_INDEX_NAME} names: {', '.join(missing)}.")
-    for name in names:
-        if name.endswith(".safetensors"):
-            try:
-                safe_open(folder / name, framework="pt")  # it compares the header with the file's size
-            except SafetensorError as error:
-                raise ValueError(f"'{folder / name}' is not a whole safetensors file: {error}") from error
+    try:
+        if SAFE_WEIGHTS_NAME in names:
+            needed = [Shard(SAFE_WEIGHTS_NAME)]
+        elif SAFE_WEIGHTS_INDEX_NAME in names:
+            needed = read_index(folder / SAFE_WEIGHTS_INDEX_NAME)
+        else:
+            entries = f"no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}"
+            raise FileNotFoundError(f"'{folder}' has no weights: {entries}.")
+        listed = [shard.path for shard in needed]
+        if missing := sorted(set(listed) - set(names)):
+            index = SAFE_WEIGHTS_INDEX_NAME
+            raise FileNotFoundError(f"'{folder}' lacks weights that {index} names: {', '.join(missing)}.")
+        others = [[Shard(name)] for name in names if name.endswith(".safetensors") and name not in listed]
+        for shards in (needed, *others):
+            with open_weights([shard._replace(path=str(folder / shard.path)) for shard in shards]):
+                pass  # it compares each header with the file's size, and a file by width with the index
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(str(error)) from error
 
 
 def _check_card(file: Path):

@@ -7,19 +7,17 @@ This file travels with each saved checkpoint as remote code.
 import copy
 import os
 import re
+import sys
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import PreTrainedConfig
-from transformers.utils import (
-    CONFIG_NAME,
-    cached_file,
-    resolve_revision,
-)
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file, resolve_revision
 
 from .configuration_hydravit import HydraViTConfig
-from .files_hydravit import find_weights, locked, move_checkpoint, open_weights, staging, state_of
+from .files_hydravit import locked, move_checkpoint, staging, state_of
 from .nesting_hydravit import (
     assemble,
     count_heads,
@@ -28,6 +26,7 @@ from .nesting_hydravit import (
     leading_blocks,
     own_parameters,
 )
+from .shards_hydravit import find_weights, is_by_heads, open_weights, resolve_shard_heads, write_by_heads
 
 _LOADS = 20  # a load is tried so often while other processes save
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder")
@@ -49,9 +48,10 @@ class NestedCheckpointMixin:
         It takes the arguments of transformers, and these overrides of the configuration:
 
         - `num_heads_active=k` holds all heads and runs k of them by default.
-        - `num_attention_heads=k` holds the leading k heads only. From safetensors files, it reads only the rows that
-          they need. If the checkpoint has fewer heads, they fill the leading block and the others are newly
-          initialised, with a warning.
+        - `num_attention_heads=k` holds the leading k heads only. From files by width (`save_pretrained` with
+          `shard_by_heads`), it downloads and reads only those that they need; from other safetensors files, it reads
+          only the rows that they need. If the checkpoint has fewer heads, they fill the leading block and the others
+          are newly initialised, with a warning.
         - `image_size` (pixels, or (height, width)) interpolates the position embeddings once. The result is an ordinary
           model of that image size.
 
@@ -83,17 +83,25 @@ class NestedCheckpointMixin:
             dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
             config, kwargs = cls.config_class.from_pretrained(source, return_unused_kwargs=True, **hub_kwargs, **kwargs)
             kwargs |= dtype
-        paths = []
+        shards = []
         if kwargs.get("use_safetensors") is not False and kwargs.get("state_dict") is None:
             named = getattr(config, "transformers_weights", None)  # a file of another name, as transformers allows
-            paths = find_weights(pretrained_model_name_or_path, kwargs.get("variant"), named, hub_kwargs)
-        with open_weights(paths) as stored:
+            which = (config.num_attention_heads, kwargs.get("variant"), named)
+            shards = find_weights(pretrained_model_name_or_path, *which, hub_kwargs)
+        by_heads = is_by_heads(shards)
+        with open_weights(shards) as stored:
             # 2. Does it fit?
-            saved = _saved_config(pretrained_model_name_or_path, config, hub_kwargs) if paths else config
+            saved = _saved_config(pretrained_model_name_or_path, config, hub_kwargs) if shards else config
             if saved is not config and not kwargs.get("ignore_mismatched_sizes"):
-                _check_shapes(cls, stored, saved)
+                is_part = by_heads and shards[-1].total == saved.num_attention_heads  # else their shapes disagree
+                _check_shapes(cls, stored, saved.resized(shards[-1].heads[1]) if is_part else saved)
             held = count_heads(stored, config)
-            if held is None or (held, saved.patch_grid) == (config.num_attention_heads, config.patch_grid):
+            if by_heads and held != shards[-1].heads[1]:
+                raise OSError(
+                    f"The files up to '{shards[-1].path}' hold no class token of {shards[-1].heads[1]} heads."
+                )
+            is_whole = (held, saved.patch_grid) == (config.num_attention_heads, config.patch_grid)
+            if held is None or (is_whole and not by_heads):
                 return super().from_pretrained(
                     pretrained_model_name_or_path, *model_args, config=config, **hub_kwargs, **kwargs
                 )
@@ -108,7 +116,13 @@ class NestedCheckpointMixin:
         return loaded
 
     def save_pretrained(
-        self, save_directory, is_main_process: bool = True, push_to_hub: bool = False, variant=None, **kwargs
+        self,
+        save_directory,
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        variant=None,
+        shard_by_heads: bool | list[int] = False,
+        **kwargs,
     ):
         """Save the model, its configuration and its code, as in transformers.
 
@@ -116,14 +130,23 @@ class NestedCheckpointMixin:
         moment leaves the checkpoint that was there. Several processes and threads may save to one folder: the last one
         wins.
 
+        With `shard_by_heads=True`, each of `subnetwork_heads` gets a file: the first one is the narrowest model, and
+        each further one holds what its width adds. A list names the widths that get one; all heads always do.
+        `max_shard_size` splits the files of a width further.
+
         Raises:
             OSError: The disk is full, or can't be written for another reason.
+            ValueError: `shard_by_heads` names a width that was not trained, or comes with `variant`, `push_to_hub`,
+                `distributed_checkpoint`, an adapter or quantized weights.
         """
         from .pipeline_hydravit import TASK, HydraViTImageClassificationPipeline  # this import makes its file travel
 
         impl = f"pipeline_hydravit.{HydraViTImageClassificationPipeline.__name__}"
         pipeline = {"impl": impl, "pt": ["AutoModelForImageClassification"], "type": "image"}
         self.config.auto_map, self.config.custom_pipelines = dict(_AUTO_MAP), {TASK: pipeline}
+        if shard_by_heads is not False:
+            options = {"variant": variant, "push_to_hub": push_to_hub} | kwargs
+            heads = self._resolve_shard_heads(shard_by_heads, options)
         if not is_main_process or variant is not None or kwargs.get("distributed_checkpoint"):
             kwargs |= {"is_main_process": is_main_process, "push_to_hub": push_to_hub, "variant": variant}
             return super().save_pretrained(save_directory, **kwargs)
@@ -132,7 +155,13 @@ class NestedCheckpointMixin:
             kwargs.setdefault("repo_id", directory.name)
         try:
             with staging(directory) as folder:
-                super().save_pretrained(folder, push_to_hub=push_to_hub, **kwargs)
+                if shard_by_heads is not False:  # of one file, which transformers gathers from wherever the weights are
+                    super().save_pretrained(folder, **kwargs | {"max_shard_size": sys.maxsize})
+                    tensors = load_file(folder / SAFE_WEIGHTS_NAME)
+                    (folder / SAFE_WEIGHTS_NAME).unlink()  # its memory map stays
+                    write_by_heads(folder, tensors, self.config, heads, kwargs.get("max_shard_size", "50GB"))
+                else:
+                    super().save_pretrained(folder, push_to_hub=push_to_hub, **kwargs)
                 with locked(directory):
                     move_checkpoint(folder, directory)
         except SafetensorError as error:
@@ -141,6 +170,15 @@ class NestedCheckpointMixin:
                 raise
             number = int(failure[1])
             raise OSError(number, os.strerror(number), str(directory)) from error
+
+    def _resolve_shard_heads(self, shard_by_heads: bool | list[int], options: dict) -> list[int]:
+        """The widths that get a file of their own, if this model can be saved in files by width."""
+        if given := [name for name in ("variant", "push_to_hub", "distributed_checkpoint") if options.get(name)]:
+            advice = " `push_checkpoint` publishes a saved folder." if "push_to_hub" in given else ""
+            raise ValueError(f"`shard_by_heads` can't be combined with `{given[0]}`.{advice}")
+        if getattr(self, "_hf_peft_config_loaded", False) or getattr(self, "hf_quantizer", None) is not None:
+            raise ValueError("`shard_by_heads` can't split adapters or quantized weights into widths.")
+        return resolve_shard_heads(shard_by_heads, self.config)
 
     def extract_subnetwork(self, num_heads: int):
         """Copy the leading `num_heads` heads into a model of their own.

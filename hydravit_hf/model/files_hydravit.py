@@ -1,5 +1,5 @@
 # Copyright 2026 The hydravit_hf authors. Licensed under the Apache License, Version 2.0.
-"""The files of a checkpoint: safetensors files read by rows, and folders replaced without ever losing a checkpoint.
+"""Safetensors files read by rows, and folders replaced without ever losing a checkpoint.
 
 This file travels with each saved checkpoint as remote code.
 """
@@ -16,13 +16,16 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 try:
     import fcntl  # locks; Windows has none of this kind
 except ImportError:
     fcntl = None
 
+# What a load starts from, and what an index leads to: shards of a size, of a width, or of a size within a width
+ENTRIES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+SHARD = re.compile(r"model-(\d+-)?(\d{5}-of-\d{5}|\d{2,}-heads(-\d{5}-of-\d{5})?)[.]safetensors")
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -39,56 +42,6 @@ DTYPES = {
 }
 
 
-def find_weights(checkpoint, variant: str | None, named: str | None, hub_kwargs: dict) -> list[str]:
-    """Paths of a checkpoint's safetensors files, downloaded if need be. Empty if it has none."""
-
-    def find(name: str) -> str | None:
-        if variant is not None:
-            name = f".{variant}.".join(name.rsplit(".", 1))
-        return cached_file(checkpoint, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
-
-    if named is not None:
-        if not re.fullmatch(r"[^/\\:]+[.]safetensors([.]index[.]json)?", named):
-            raise ValueError(f"`transformers_weights` must name a safetensors file or index, not {named!r}.")
-        weights = index = cached_file(checkpoint, named, **hub_kwargs)
-        if named.endswith(".safetensors"):
-            return [weights]
-    elif (weights := find(SAFE_WEIGHTS_NAME)) is not None:
-        return [weights]
-    elif (index := find(SAFE_WEIGHTS_INDEX_NAME)) is None:
-        return []
-    return [cached_file(checkpoint, shard, **hub_kwargs) for shard in _read_index(index)]
-
-
-def _read_index(file: str) -> list[str]:
-    """The names of the shards in an index. They lie beside it and nowhere else."""
-    try:
-        index = json.loads(Path(file).read_text(encoding="utf-8"))
-        shards = sorted(set(index["weight_map"].values()))
-        if not isinstance(index["metadata"], dict) or not shards:
-            raise ValueError("it names no shards, or has no metadata")
-        for shard in shards:
-            if not re.fullmatch(r"[^/\\:]+[.]safetensors", shard):
-                raise ValueError(f"'{shard}' is not the name of a safetensors file beside it")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise OSError(f"'{file}' is not an index of shards: {type(error).__name__}: {error}") from error
-    return shards
-
-
-@contextmanager
-def open_weights(paths: list[str]):
-    """The tensors of all safetensors files of a checkpoint. The files stay open until all is read, so that a save in
-    the meantime can't mix two checkpoints."""
-    with ExitStack() as files:
-        stored = {}
-        for path in paths:
-            header = read_header(files.enter_context(open(path, "rb")))
-            if twice := stored.keys() & header.keys():
-                raise OSError(f"'{path}' holds '{min(twice)}', which another shard holds as well.")
-            stored |= header
-        yield stored
-
-
 class StoredTensor:
     """A tensor in an open safetensors file. Slicing it reads the leading rows of the slice and nothing else.
 
@@ -101,21 +54,38 @@ class StoredTensor:
         self.scratch = scratch  # shared by all tensors of a file: fresh memory for each would cost more than its read
 
     def __getitem__(self, slices: tuple[slice, ...]) -> torch.Tensor:
-        shape = [len(range(*slices[0].indices(self.shape[0]))), *self.shape[1:]] if slices else []
+        return self.read_into(empty_slice(self, slices))
+
+    def read_into(self, target: torch.Tensor) -> torch.Tensor:
+        """Fill `target`, which may be a part of a larger tensor, from the leading block of its shape."""
+        shape = [*target.shape[:1], *self.shape[1:]]
         count = math.prod(shape)
-        if count == 0:
-            return torch.empty(shape, dtype=self.dtype)[slices]
+        if target.numel() == 0:
+            return target
         size = count * self.dtype.itemsize
+        if shape == list(target.shape) and target.is_contiguous():
+            self._read(memoryview(target.flatten().view(torch.uint8).numpy()))
+            return target
         self.scratch.extend(bytes(max(0, size - len(self.scratch))))
-        self.file.seek(self.start)
-        if self.file.readinto(memoryview(self.scratch)[:size]) < size:
-            raise OSError(f"'{self.file.name}' was cut while it was read.")
+        self._read(memoryview(self.scratch)[:size])
         rows = torch.frombuffer(self.scratch, dtype=self.dtype, count=count).view(shape)
-        return rows[slices].clone(memory_format=torch.contiguous_format)
+        return target.copy_(rows[tuple(map(slice, target.shape))])
+
+    def _read(self, memory: memoryview):
+        self.file.seek(self.start)
+        if self.file.readinto(memory) < len(memory):
+            raise OSError(f"'{self.file.name}' was cut while it was read.")
 
 
-def read_header(file: BinaryIO) -> dict[str, StoredTensor]:
-    """Read the tensors of a safetensors file: 8 bytes with the header's length, the header (JSON), the data."""
+def empty_slice(tensor, slices: tuple[slice, ...]) -> torch.Tensor:
+    """Memory for a slice of a stored tensor."""
+    shape = [len(range(*cut.indices(size))) for cut, size in zip(slices, tensor.shape, strict=True)]
+    return torch.empty(shape, dtype=tensor.dtype)
+
+
+def read_header(file: BinaryIO) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Read what a safetensors file holds, its tensors and its metadata: 8 bytes with the header's length, the header
+    (JSON), the data."""
     try:
         file_size = os.fstat(file.fileno()).st_size
         (header_size,) = struct.unpack("<Q", file.read(8))
@@ -138,14 +108,18 @@ def read_header(file: BinaryIO) -> dict[str, StoredTensor]:
             raise ValueError(f"it has {file_size} bytes where its header asks for {8 + header_size + end}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise OSError(f"'{file.name}' is not a whole safetensors file: {error}") from error
-    if hasattr(os, "posix_fadvise"):  # on Linux; elsewhere the kernel may read somewhat ahead
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-    return tensors
+    return tensors, metadata
+
+
+def advise(file: BinaryIO, is_needed_whole: bool):
+    """Tell the kernel, on Linux, to read a file ahead, or only what is asked for."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED if is_needed_whole else os.POSIX_FADV_RANDOM)
 
 
 def state_of(checkpoint) -> list:
     """What tells one state of a local checkpoint's files from another. Empty for a Hub id, whose revision is pinned."""
-    files = (Path(checkpoint) / name for name in (CONFIG_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    files = (Path(checkpoint) / name for name in (CONFIG_NAME, *ENTRIES))
     states = [file.stat() for file in files if file.is_file()]
     return [(state.st_ino, state.st_mtime_ns, state.st_size) for state in states]
 
@@ -204,15 +178,16 @@ def move_checkpoint(staging: Path, directory: Path):
                 shards[name] = name.replace("model-", f"model-{copy}-", 1)
             shards.setdefault(name, name)
         index["weight_map"] = {tensor: shards[shard] for tensor, shard in index["weight_map"].items()}
+        if heads := index["metadata"].get("heads"):  # files by width
+            index["metadata"]["heads"] = {width: [shards[name] for name in names] for width, names in heads.items()}
         index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    entries = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
-    entry = next((name for name in entries if (staging / name).exists()), None)
+    entry = next((name for name in ENTRIES if (staging / name).exists()), None)
     for file in sorted(staging.iterdir(), key=lambda file: (file.name == entry, file.name == CONFIG_NAME)):
         os.replace(file, directory / shards.get(file.name, file.name))
     if entry is None:
         return
-    for name in set(entries) - {entry}:
+    for name in set(ENTRIES) - {entry}:
         (directory / name).unlink(missing_ok=True)
     for file in directory.iterdir():
-        if re.fullmatch(r"model-(\d+-)?\d{5}-of-\d{5}[.]safetensors", file.name) and file.name not in shards.values():
+        if SHARD.fullmatch(file.name) and file.name not in shards.values():
             file.unlink()

@@ -54,15 +54,10 @@ def width_dims(name: str, ndim: int) -> tuple[int, ...]:
     return tuple(range(ndim))
 
 
-def leading_blocks(stored: dict, config: HydraViTConfig) -> dict[str, torch.Tensor]:
-    """Cut the blocks that belong to the heads of `config` out of a checkpoint. One with fewer heads is taken whole.
-
-    Args:
-        stored: Tensors by the names of the parameters, or objects with a `shape` that give a tensor when sliced.
-        config: The configuration of the model that the blocks are for.
-    """
+def leading_shapes(stored: dict, config: HydraViTConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of the blocks that belong to the heads of `config`. A checkpoint with fewer heads is taken whole."""
     held = count_heads(stored, config)
-    blocks = {}
+    shapes = {}
     for name, tensor in stored.items():
         if ".recycling." in f".{name}" and not config.token_recycling:
             continue
@@ -71,8 +66,19 @@ def leading_blocks(stored: dict, config: HydraViTConfig) -> dict[str, torch.Tens
             shape[dim] = min(shape[dim], shape[dim] * config.num_attention_heads // held)
         if name.removeprefix("hydravit.").startswith("classifier.") and config.separate_classifiers:
             shape[0] = min(tensor.shape[0], len(config.subnetwork_heads))
-        blocks[name] = tensor[tuple(slice(size) for size in shape)]
-    return blocks
+        shapes[name] = tuple(shape)
+    return shapes
+
+
+def leading_blocks(stored: dict, config: HydraViTConfig) -> dict[str, torch.Tensor]:
+    """Cut the blocks that belong to the heads of `config` out of a checkpoint. One with fewer heads is taken whole.
+
+    Args:
+        stored: Tensors by the names of the parameters, or objects with a `shape` that give a tensor when sliced.
+        config: The configuration of the model that the blocks are for.
+    """
+    shapes = leading_shapes(stored, config)
+    return {name: stored[name][tuple(slice(size) for size in shape)] for name, shape in shapes.items()}
 
 
 def interpolate_positions(positions: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:

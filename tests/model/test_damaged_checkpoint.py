@@ -161,7 +161,7 @@ def test_the_row_reader_agrees_with_safetensors(tmp_path):
     file = str(tmp_path / "tensors.safetensors")
     save_file(tensors, file)
     with open(file, "rb") as opened:
-        stored = read_header(opened)
+        stored, _ = read_header(opened)
         for name, tensor in load_file(file).items():
             assert stored[name].shape == list(tensor.shape)
             assert torch.equal(stored[name][:3, :2, :1], tensor[:3, :2, :1])

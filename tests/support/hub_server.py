@@ -12,6 +12,7 @@ import math
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from urllib.parse import unquote, urlsplit
 
 import yaml
 
+CHUNK = 2**16  # bytes of an answer that are sent at once
 LARGE = {".safetensors", ".png", ".bin", ".pt"}
 ATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in sorted(LARGE)).encode()
 
@@ -50,9 +52,11 @@ class Repo:
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)  # of all branches, the oldest first
     branches: dict[str, str] = field(default_factory=lambda: {"main": ""})
 
-    def commit(self, branch: str, files: dict[str, bytes]) -> str:
+    def commit(self, branch: str, files: dict[str, bytes | None]) -> str:
+        """None deletes a file."""
         sha = hashlib.sha1(f"{branch} {len(self.commits)}".encode()).hexdigest()
-        self.commits[sha] = self.commits.get(self.branches[branch], {}) | files
+        after = self.commits.get(self.branches[branch], {}) | files
+        self.commits[sha] = {path: data for path, data in after.items() if data is not None}
         self.branches[branch] = sha
         return sha
 
@@ -101,13 +105,19 @@ def endpoint(method: str, path: str):
 
 
 class HubServer:
-    """A Hub whose users are those of `tokens`. `log` holds each request's method and path (without its query)."""
+    """A Hub whose users are those of `tokens`.
 
-    def __init__(self, tokens: dict[str, str] | None = None, port: int = 0):
+    `log` holds each request's method and path (without its query), and `sent` the bytes of each answer, in the same
+    order. The connections share a link of `rate` bytes per second, or an unlimited one.
+    """
+
+    def __init__(self, tokens: dict[str, str] | None = None, port: int = 0, rate: float = math.inf):
         self.tokens = {"hf_token": "user"} if tokens is None else tokens
         self.repos: dict[str, Repo] = {}
         self.storage: dict[str, bytes] = {}
         self.log: list[tuple[str, str]] = []
+        self.sent: list[int] = []
+        self.rate, self.free_at = rate, 0.0
         self.faults: list[dict] = []
         self.connections: set[socket.socket] = set()
         self.lock = threading.Lock()
@@ -143,6 +153,19 @@ class HubServer:
                 if fault["times"] > 0 and fault["matches"](method, path):
                     fault["times"] -= 1
                     return fault["how"]
+
+    def wait_for_link(self, size: int):
+        """Wait until the link has carried so many bytes more."""
+        with self.lock:
+            self.free_at = max(self.free_at, time.monotonic()) + size / self.rate
+            wait = self.free_at - time.monotonic()
+        if wait > 0:
+            time.sleep(wait)
+
+    def bytes_sent(self, part: str = "", start: int = 0) -> int:
+        """The bytes of the answers from the request number `start` on whose path has this part."""
+        logged = zip(self.log[start:], self.sent[start:], strict=True)
+        return sum(size for (_, path), size in logged if part in path)
 
     def answer(self, request: Request) -> Reply:
         for method, pattern, function in ENDPOINTS:
@@ -271,6 +294,8 @@ class HubServer:
                 files[value["path"]] = base64.b64decode(value["content"], validate=True)
             elif key == "lfsFile" and value["oid"] in self.storage:
                 files[value["path"]] = self.storage[value["oid"]]
+            elif key == "deletedFile" and value["path"] in found.files(branch):
+                files[value["path"]] = None
             else:
                 raise Refusal(400, f"Can't commit the {key} '{value['path']}': it was not uploaded or is not supported")
         sha = found.commit(branch, files)
@@ -341,7 +366,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_request(self):
         hub, path = self.server.hub, urlsplit(self.path).path
-        hub.log.append((self.command, path))
+        with hub.lock:
+            self.number = len(hub.log)
+            hub.log.append((self.command, path))
+            hub.sent.append(0)
         fault = hub.fault(self.command, path)
         if fault == "cut" and self.command in ("POST", "PUT"):
             self.rfile.read1()
@@ -382,10 +410,19 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in (headers | {"Content-Length": str(len(data))}).items():
             self.send_header(name, value)
+        head = len(b"".join(self._headers_buffer)) + len(b"\r\n")
         self.end_headers()
+        self.server.hub.sent[self.number] += head
         if self.command != "HEAD":
-            self.wfile.write(data[: len(data) // 2] if cut else data)
+            self.send_body(data[: len(data) // 2] if cut else data)
         self.close_connection |= cut
+
+    def send_body(self, data: bytes):
+        for start in range(0, len(data), CHUNK):
+            chunk = data[start : start + CHUNK]
+            self.server.hub.wait_for_link(len(chunk))
+            self.wfile.write(chunk)
+            self.server.hub.sent[self.number] += len(chunk)
 
     def log_message(self, *message):
         pass
