@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from .model.configuration_hydravit import HydraViTConfig
-from .model.files_hydravit import ENTRIES, SHARD, locked, move_checkpoint, staging
+from .model.files_hydravit import ENTRIES, SHARD, disk_errors, locked, move_checkpoint, staging
 from .model.nesting_hydravit import count_heads
 from .model.shards_hydravit import find_weights, open_weights, resolve_shard_heads, write_by_heads
 
@@ -50,12 +50,12 @@ def reshard_checkpoint(
     shards = find_weights(folder, config.num_attention_heads, variant=None, named=None, hub_kwargs={})
     if not shards:
         raise FileNotFoundError(f"'{folder}' has no safetensors files.")
-    with staging(new_folder) as staged:
+    with disk_errors(new_folder), staging(new_folder) as staged:
         with open_weights(shards) as stored:
             tensors = {name: tensor[tuple(map(slice, tensor.shape))] for name, tensor in stored.items()}
         if count_heads(tensors, config) != config.num_attention_heads:
             raise ValueError(
-                f"The weights in '{folder}' hold other heads than the {config.num_attention_heads} of its {CONFIG_NAME}."
+                f"The weights in '{folder}' are not of the {config.num_attention_heads} heads in its {CONFIG_NAME}."
             )
         if heads:
             write_by_heads(staged, tensors, config, heads, max_shard_size)

@@ -24,14 +24,15 @@ MODEL = {
     "pipeline": {"images"},
     "sources": {"configuration"},
     "vit": {"configuration", "nesting", "sources"},
-    "checkpoint": {"configuration", "files", "nesting", "pipeline"},
+    "shards": {"configuration", "files", "nesting"},
+    "checkpoint": {"configuration", "files", "nesting", "shards", "pipeline"},
     "modeling": {"configuration", "nesting", "vit", "checkpoint", "recycling", "cascade"},
 }
 TRAVELLING = [f"model.{name}_hydravit" for name in MODEL]
 # The other files import what is in lines above theirs, and nothing of their own line.
 LAYERS = [
     ["model.__init__", *TRAVELLING],
-    ["folders", "image_processing", "metrics", "onnx_graphs", "reporting"],
+    ["folders", "image_processing", "metrics", "onnx_graphs", "reporting", "resharding"],
     ["convert_checkpoint", "data", "evaluation", "export", "hub"],
     [
         "data_checks",
@@ -45,7 +46,7 @@ LAYERS = [
     ["cli"],
     ["__init__"],
 ]
-NEEDED_BY_TRANSFORMERS = {"numpy", "safetensors", "torch"}
+NEEDED_BY_TRANSFORMERS = {"huggingface_hub", "numpy", "safetensors", "torch"}
 MODULES = {".".join(file.relative_to(PACKAGE).with_suffix("").parts): file for file in PACKAGE.rglob("*.py")}
 
 

@@ -1,10 +1,12 @@
-"""What it costs to load 3 heads out of a 12-head ViT-B-sized file, next to an ordinary 3-head checkpoint (Linux).
+"""What it costs to load 3 heads out of a 12-head ViT-B-sized checkpoint, next to an ordinary 3-head one (Linux).
 
     python examples/benchmarks/benchmark_loading.py
 
-Each load runs in a process of its own, the ways in turn, from a warm or a cold page cache. It measures the time of
-`from_pretrained`, the growth of the process's memory up to the end of a first forward pass, and the bytes that came
-from the disk. The script prints the medians, with the ratios to the ordinary checkpoint.
+The checkpoint of 12 heads is one file, or files by width (`shard_by_heads=True`). `get_slice` reads the one file with
+safetensors' own slices, in place of this package's reader of rows. Each load runs in a process of its own, the ways in
+turn, from a warm or a cold page cache. It measures the time of `from_pretrained`, the growth of the process's memory up
+to the end of a first forward pass, and the bytes that came from the disk. The script prints the medians, and the ratios
+to the ordinary checkpoint as medians over the rounds.
 """
 
 import argparse
@@ -14,20 +16,28 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import torch
-from timing import format_rows, machine, milliseconds
+from safetensors import safe_open
+from timing import format_rows, machine, median_ratio, milliseconds, write_rows
 from transformers import ViTForImageClassification
 
 from hydravit_hf import HydraViTConfig, HydraViTForImageClassification
+from hydravit_hf.model import checkpoint_hydravit
+from hydravit_hf.model.files_hydravit import DTYPES
 
 ORDINARY = "ordinary 3-head ViT"
+NARROW, NARROW_PASS = {"num_attention_heads": 3}, {"num_heads_active": 3}
 WAYS = {  # the folder, the class and the keywords of each way
     ORDINARY: ("vit3", ViTForImageClassification, {}),
-    "12-head file, num_attention_heads=3": ("hydravit12", HydraViTForImageClassification, {"num_attention_heads": 3}),
-    "12-head file, num_heads_active=3": ("hydravit12", HydraViTForImageClassification, {"num_heads_active": 3}),
+    "files by width, 3 heads": ("by_width", HydraViTForImageClassification, NARROW),
+    "one file, 3 heads": ("one_file", HydraViTForImageClassification, NARROW),
+    "one file, 3 heads, get_slice": ("one_file", HydraViTForImageClassification, NARROW),
+    "files by width, 12 heads": ("by_width", HydraViTForImageClassification, {}),
+    "one file, 12 heads": ("one_file", HydraViTForImageClassification, {}),
 }
 COLUMNS = {
     "cache": ("cache", ""),
@@ -37,19 +47,38 @@ COLUMNS = {
     "memory_mb": ("memory, MB", ".1f"),
     "memory_mb_ratio": ("ratio", ".2f"),
     "read_mb": ("disk, MB", ".1f"),
-    "read_share": ("of file", ".1%"),
+    "read_mb_ratio": ("ratio", ".2f"),
 }
+
+
+class Slice:
+    """A tensor that safetensors' own slices read, with the interface of `StoredTensor`."""
+
+    def __init__(self, file, name: str):
+        self.slice = file.get_slice(name)
+        self.shape, self.dtype = self.slice.get_shape(), DTYPES[self.slice.get_dtype()]
+
+    def __getitem__(self, slices: tuple[slice, ...]) -> torch.Tensor:
+        return self.slice[slices].clone()
+
+
+@contextmanager
+def open_slices(shards):
+    with safe_open(shards[0].path, "pt") as file:
+        yield {name: Slice(file, name) for name in file.keys()}  # noqa: SIM118
 
 
 def load(folder: Path, way: str, config: HydraViTConfig) -> dict:
     """Load and run once, in this process."""
     name, model_class, keywords = WAYS[way]
+    if way.endswith("get_slice"):
+        checkpoint_hydravit.open_weights = open_slices
     images, models, process = torch.randn(1, 3, config.image_size, config.image_size), [], psutil.Process()
     memory, read = process.memory_info().rss, process.io_counters().read_bytes
     elapsed = milliseconds(lambda: models.append(model_class.from_pretrained(folder / name, **keywords)))
     read = process.io_counters().read_bytes - read
     with torch.inference_mode():
-        models[0](images)
+        models[0](images, **{} if model_class is ViTForImageClassification else NARROW_PASS)
     return {"ms": elapsed, "memory_mb": (process.memory_info().rss - memory) / 1e6, "read_mb": read / 1e6}
 
 
@@ -62,28 +91,26 @@ def run(folder: Path, way: str, cache: str, config: dict) -> dict:
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout)
 
 
-def measure(folder: Path, config: dict, caches: list[str], rounds: int):
-    """Make both checkpoints, load them in turn, and print the medians."""
+def measure(folder: Path, config: dict, caches: list[str], rounds: int) -> list[dict]:
+    """Make the checkpoints and load them in turn. Returns the medians."""
     model = HydraViTForImageClassification(HydraViTConfig(**config))
-    model.save_pretrained(folder / "hydravit12")
+    model.save_pretrained(folder / "one_file")
+    model.save_pretrained(folder / "by_width", shard_by_heads=True)
     model.to_vit(3).save_pretrained(folder / "vit3")
     os.sync()
-    file_mb = (folder / "hydravit12" / "model.safetensors").stat().st_size / 1e6
     rows = []
     for cache in caches:
         records = {way: [] for way in WAYS}
         for turn in range(-1, rounds):  # the first one warms up
             for way in WAYS:
                 records[way] += [run(folder, way, cache, config)] * (turn >= 0)
-        medians = {
-            way: {key: statistics.median(record[key] for record in runs) for key in runs[0]}
-            for way, runs in records.items()
-        }
-        for way, row in medians.items():
-            ratios = {f"{key}_ratio": row[key] / medians[ORDINARY][key] for key in ("ms", "memory_mb")}
-            rows.append({"cache": cache, "way": way, "read_share": row["read_mb"] / file_mb} | row | ratios)
-    print(f"{machine()}, {rounds} rounds, medians; the file of all 12 heads has {file_mb:.0f} MB\n")
-    print(format_rows(rows, COLUMNS))
+        for way, runs in records.items():
+            columns = {key: [record[key] for record in runs] for key in runs[0]}
+            row = {"cache": cache, "way": way} | {key: statistics.median(values) for key, values in columns.items()}
+            for key in columns if cache == "cold" else ("ms", "memory_mb"):
+                row[f"{key}_ratio"] = median_ratio(columns[key], [record[key] for record in records[ORDINARY]])
+            rows.append(row)
+    return rows
 
 
 if __name__ == "__main__":
@@ -91,6 +118,7 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--cache", nargs="+", choices=["warm", "cold"], default=["warm", "cold"])
     parser.add_argument("--config", type=json.loads, default={}, help="arguments of HydraViTConfig, JSON")
+    parser.add_argument("--json", type=Path, help="file to write the rows to")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--way", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -98,4 +126,8 @@ if __name__ == "__main__":
         print(json.dumps(load(args.folder, args.way, HydraViTConfig(**args.config))))
     else:
         with tempfile.TemporaryDirectory(dir=".") as temporary:  # not in /tmp, which may be memory
-            measure(Path(temporary), args.config, args.cache, args.rounds)
+            rows = measure(Path(temporary), args.config, args.cache, args.rounds)
+        print(f"{machine()}, {args.rounds} rounds, medians\n")
+        print(format_rows(rows, COLUMNS))
+        if args.json is not None:
+            write_rows(args.json, [row | {"machine": machine(), "rounds": args.rounds} for row in rows])

@@ -5,7 +5,6 @@ This file travels with each saved checkpoint as remote code.
 """
 
 import copy
-import os
 import re
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file, resolve_revision
 
 from .configuration_hydravit import HydraViTConfig
-from .files_hydravit import locked, move_checkpoint, staging, state_of
+from .files_hydravit import disk_errors, locked, move_checkpoint, staging, state_of
 from .nesting_hydravit import (
     assemble,
     count_heads,
@@ -153,23 +152,16 @@ class NestedCheckpointMixin:
         directory = Path(save_directory)
         if push_to_hub:
             kwargs.setdefault("repo_id", directory.name)
-        try:
-            with staging(directory) as folder:
-                if shard_by_heads is not False:  # of one file, which transformers gathers from wherever the weights are
-                    super().save_pretrained(folder, **kwargs | {"max_shard_size": sys.maxsize})
-                    tensors = load_file(folder / SAFE_WEIGHTS_NAME)
-                    (folder / SAFE_WEIGHTS_NAME).unlink()  # its memory map stays
-                    write_by_heads(folder, tensors, self.config, heads, kwargs.get("max_shard_size", "50GB"))
-                else:
-                    super().save_pretrained(folder, push_to_hub=push_to_hub, **kwargs)
-                with locked(directory):
-                    move_checkpoint(folder, directory)
-        except SafetensorError as error:
-            failure = re.search(r"\(os error (\d+)\)", str(error))
-            if failure is None:
-                raise
-            number = int(failure[1])
-            raise OSError(number, os.strerror(number), str(directory)) from error
+        with disk_errors(directory), staging(directory) as folder:
+            if shard_by_heads is False:
+                super().save_pretrained(folder, push_to_hub=push_to_hub, **kwargs)
+            else:  # transformers writes one file, with all that it gathers from elsewhere
+                super().save_pretrained(folder, **kwargs | {"max_shard_size": sys.maxsize})
+                tensors = load_file(folder / SAFE_WEIGHTS_NAME)
+                (folder / SAFE_WEIGHTS_NAME).unlink()  # its memory map stays
+                write_by_heads(folder, tensors, self.config, heads, kwargs.get("max_shard_size", "50GB"))
+            with locked(directory):
+                move_checkpoint(folder, directory)
 
     def _resolve_shard_heads(self, shard_by_heads: bool | list[int], options: dict) -> list[int]:
         """The widths that get a file of their own, if this model can be saved in files by width."""

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 try:
@@ -111,10 +113,20 @@ def read_header(file: BinaryIO) -> tuple[dict[str, StoredTensor], dict[str, str]
     return tensors, metadata
 
 
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]):
+    """Write a safetensors file, the same bytes each time: safetensors draws the order of the metadata."""
+    save_file(tensors, path, metadata)
+    with open(path, "r+b") as file:
+        (header_size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(header_size)) | {"__metadata__": metadata}
+        file.seek(8)
+        file.write(json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(header_size))
+
+
 def advise(file: BinaryIO, is_needed_whole: bool):
-    """Tell the kernel, on Linux, to read a file ahead, or only what is asked for."""
+    """Tell the kernel, on Linux, to read a file far ahead, or only what is asked for."""
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED if is_needed_whole else os.POSIX_FADV_RANDOM)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL if is_needed_whole else os.POSIX_FADV_RANDOM)
 
 
 def state_of(checkpoint) -> list:
@@ -122,6 +134,19 @@ def state_of(checkpoint) -> list:
     files = (Path(checkpoint) / name for name in (CONFIG_NAME, *ENTRIES))
     states = [file.stat() for file in files if file.is_file()]
     return [(state.st_ino, state.st_mtime_ns, state.st_size) for state in states]
+
+
+@contextmanager
+def disk_errors(directory: Path):
+    """Raise the errors of a disk that safetensors reports as `OSError`, as Python does."""
+    try:
+        yield
+    except SafetensorError as error:
+        failure = re.search(r"\(os error (\d+)\)", str(error))
+        if failure is None:
+            raise
+        number = int(failure[1])
+        raise OSError(number, os.strerror(number), str(directory)) from error
 
 
 @contextmanager

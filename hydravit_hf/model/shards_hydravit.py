@@ -20,11 +20,10 @@ from typing import NamedTuple
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .configuration_hydravit import HydraViTConfig
-from .files_hydravit import StoredTensor, advise, empty_slice, read_header
+from .files_hydravit import StoredTensor, advise, empty_slice, read_header, save_tensors
 from .nesting_hydravit import leading_shapes
 
 PART = re.compile(r"(?P<name>.+)[.]heads_(?P<first>\d+)_to_(?P<last>\d+)[.]dim_(?P<dim>\d)")
@@ -215,7 +214,7 @@ def write_by_heads(
         )
         for file, names in split.filename_to_tensors.items():
             held = {"format": "pt", "checkpoint": checkpoint, "heads": f"{first}-{last}"}
-            save_file({name: parts[name] for name in names}, folder / file, held)
+            save_tensors({name: parts[name] for name in names}, folder / file, held)
         weight_map |= split.tensor_to_filename
         metadata["heads"][str(last)] = sorted(split.filename_to_tensors)
     metadata["total_parameters"] = sum(tensor.numel() for tensor in tensors.values())

@@ -154,6 +154,11 @@ class HubServer:
                     fault["times"] -= 1
                     return fault["how"]
 
+    def store(self, repo: Repo):
+        """Put the large files of a repository that was not pushed into the storage."""
+        for files in repo.commits.values():
+            self.storage |= {object_id(path, data): data for path, data in files.items() if is_large(path, len(data))}
+
     def wait_for_link(self, size: int):
         """Wait until the link has carried so many bytes more."""
         with self.lock:
