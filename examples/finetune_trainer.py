@@ -18,10 +18,11 @@ from datasets import ClassLabel
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from hydravit_hf import ModelCardCallback
+from hydravit_hf import ModelCardCallback, reshard_checkpoint
 from hydravit_hf.training.arguments import (
     DataArguments,
     ModelArguments,
+    SaveArguments,
     describe_card,
     find_checkpoint,
     make_datasets,
@@ -57,8 +58,8 @@ def accuracy(prediction) -> dict[str, float]:
 
 
 def main():
-    classes = (DataArguments, ModelArguments, TrainingArguments)
-    data_args, model_args, training_args = parse_arguments(__doc__, classes, **DEFAULTS)
+    classes = (DataArguments, ModelArguments, TrainingArguments, SaveArguments)
+    data_args, model_args, training_args, files = parse_arguments(__doc__, classes, **DEFAULTS)
     set_seed(training_args.seed)  # for the new classifier; the Trainer seeds the rest
     logging.disable_progress_bar()  # those of loading and saving
     if not (model_args.model_name_or_path or model_args.from_vit):
@@ -98,6 +99,8 @@ def main():
     )
     trainer.train(resume_from_checkpoint=find_checkpoint(training_args))
     trainer.save_model()
+    if files.shard_by_heads and trainer.is_world_process_zero():
+        reshard_checkpoint(training_args.output_dir)
 
     # 4. How good each width is, and what it costs
     if trainer.is_world_process_zero():

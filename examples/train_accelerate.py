@@ -40,11 +40,12 @@ def main(preemption: runs.Preemption):
     # 1. The arguments, and the run: its folder, its processes, its seed
     classes = (arguments.DataArguments, arguments.ModelArguments, arguments.AugmentationArguments)
     classes += (SubnetworkTrainingArguments, arguments.LoopArguments, arguments.RunArguments)
+    classes += (arguments.SaveArguments,)
     parsed = arguments.parse_arguments(__doc__, classes, ema_decay=0.99)
-    data_args, model_args, augmentation, widths, loop, run = parsed
+    data_args, model_args, augmentation, widths, loop, run, files = parsed
     if data_args.streaming and loop.steps_per_epoch is None:
         sys.exit("error: --streaming needs --steps_per_epoch")
-    recipe = {name: value for args in parsed[:-1] for name, value in asdict(args).items() if value is not None}
+    recipe = {name: value for args in parsed[:-2] for name, value in asdict(args).items() if value is not None}
     settings = {name: str(value) for name, value in recipe.items()}
     accelerator = Accelerator(
         mixed_precision=loop.mixed_precision,
@@ -180,7 +181,7 @@ def main(preemption: runs.Preemption):
         average.swap()
     state_dict = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
-        plain_model.save_pretrained(run.output_dir, state_dict=state_dict)
+        plain_model.save_pretrained(run.output_dir, state_dict=state_dict, shard_by_heads=files.shard_by_heads)
         processor.save_pretrained(run.output_dir)
     accelerator.wait_for_everyone()
     rows = []

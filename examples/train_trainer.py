@@ -17,11 +17,12 @@ import torch
 from transformers import set_seed
 from transformers.utils import logging
 
-from hydravit_hf import HydraViTTrainer, HydraViTTrainingArguments, ModelCardCallback
+from hydravit_hf import HydraViTTrainer, HydraViTTrainingArguments, ModelCardCallback, reshard_checkpoint
 from hydravit_hf.training.arguments import (
     AugmentationArguments,
     DataArguments,
     ModelArguments,
+    SaveArguments,
     describe_card,
     describe_teacher,
     find_checkpoint,
@@ -52,8 +53,8 @@ DEFAULTS = {
 
 
 def main():
-    classes = (DataArguments, ModelArguments, AugmentationArguments, HydraViTTrainingArguments)
-    data_args, model_args, augmentation, training_args = parse_arguments(__doc__, classes, **DEFAULTS)
+    classes = (DataArguments, ModelArguments, AugmentationArguments, HydraViTTrainingArguments, SaveArguments)
+    data_args, model_args, augmentation, training_args, files = parse_arguments(__doc__, classes, **DEFAULTS)
     set_seed(training_args.seed)  # for a new model; the trainer seeds the rest
     logging.disable_progress_bar()  # those of loading and saving
 
@@ -85,6 +86,8 @@ def main():
     # 3. Train the widths of each step, and save one checkpoint
     trainer.train(resume_from_checkpoint=find_checkpoint(training_args))
     trainer.save_model()
+    if files.shard_by_heads and trainer.is_world_process_zero():
+        reshard_checkpoint(training_args.output_dir)
 
     # 4. How good each width is, and what it costs
     if writer and trainer.is_world_process_zero():

@@ -102,7 +102,7 @@ def _commit(paths: dict[str, Path], api: HfApi, repo_id: str, private, revision,
     there = set(api.list_repo_files(repo_id, revision=revision))
     # A load starts from `model.safetensors` if there is one, so an old one must not stay beside a new index
     steps = [CommitOperationDelete(name) for name in sorted(there - paths.keys()) if is_weights(name)]
-    steps += [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in paths.items()]
+    steps += [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in sorted(paths.items())]
     return api.create_commit(repo_id, steps, commit_message=commit_message, revision=revision)
 
 

@@ -137,8 +137,17 @@ def test_the_benchmark_of_profiles_compares_two_and_measures_a_choice_again(run_
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the benchmark is for Linux")
 def test_the_benchmark_of_loading_prints_a_row_for_each_way():
     rows = table_of(finish("benchmarks/benchmark_loading.py", "--rounds", 1, "--cache", "cold", *TINY))
-    assert [row[0] for row in rows] == ["cache", "cold", "cold", "cold"]
+    assert [row[0] for row in rows] == ["cache"] + 6 * ["cold"]
     assert rows[1][1] == "ordinary 3-head ViT" and rows[1][3] == "1.00"
+
+
+def test_the_benchmark_of_downloads_counts_the_bytes_of_each_width(run_here, tmp_path):
+    printed = run_here("benchmark_download.py", "--rate", 1000, *TINY, "--json", tmp_path / "rows.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert len(table_of(printed)) == 1 + len(rows) == 9
+    assert all(row["mb"] >= row["weights_mb"] > 0.9 * row["expected_mb"] for row in rows)
+    by_width = {row["heads"]: row["weights_mb"] for row in rows if row["checkpoint"] == "by-width"}
+    assert by_width["3"] + by_width["6 after 3"] == pytest.approx(by_width["6"])
 
 
 @pytest.mark.slow  # its fast siblings are the tests of the exports

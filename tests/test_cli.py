@@ -375,3 +375,33 @@ def test_the_installed_command_keeps_json_apart_from_messages(folder, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0 and len(json.loads(result.stdout)) == 1
     assert "error" not in result.stderr.lower() and "warning" not in result.stderr.lower()
+
+
+def test_reshard_writes_files_by_width_and_one_file_again(hydravit, folder, tmp_path):
+    code, out, _ = hydravit("reshard", folder, tmp_path / "by-width", "--heads", 2, "--heads", 4)
+    assert code == 0 and [line.partition(":")[0] for line in out.splitlines()] == [
+        str(tmp_path / "by-width" / f"model-0{heads}-heads.safetensors") for heads in (2, 4, 6)
+    ]
+    code, out, _ = hydravit("reshard", tmp_path / "by-width", tmp_path / "back", "--one-file")
+    assert code == 0
+    original, back = (Path(path, "model.safetensors").read_bytes() for path in (folder, tmp_path / "back"))
+    assert original == back
+    for arguments, message in (
+        ((folder, tmp_path / "back"), "exists and is not an empty folder"),
+        ((folder, tmp_path / "new", "--heads", 7), "`shard_by_heads` must be True, False or a list of some of"),
+        ((folder, tmp_path / "new", "--heads", 2, "--one-file"), "Give `--heads` or `--one-file`"),
+        ((tmp_path / "nowhere", tmp_path / "new"), "nowhere"),
+    ):
+        code, out, err = hydravit("reshard", *arguments)
+        assert code == 1 and out == "" and message in err and err.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_commands_run_on_files_by_width(hydravit, folder, tmp_path):
+    assert hydravit("reshard", folder, tmp_path / "by-width")[0] == 0
+    paths = (folder, tmp_path / "by-width")
+    one, many = (hydravit("evaluate", path, "digits", "--heads", 3, "--json") for path in paths)
+    assert many[0] == 0 and json.loads(one[1]) == json.loads(many[1])
+    assert hydravit("extract", tmp_path / "by-width", 3, tmp_path / "small", "--vit")[0] == 0
+    code, out, _ = hydravit("profile", tmp_path / "by-width", "--rounds", 1, "--heads", 2, "--json")
+    assert code == 0 and json.loads(out)[0]["num_heads"] == 2

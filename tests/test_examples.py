@@ -171,6 +171,17 @@ def test_a_run_that_is_resumed_from_its_last_checkpoint_takes_no_more_step(train
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-24"]
 
 
+@pytest.mark.slow  # its fast siblings are the tests of the files by width
+def test_training_saves_files_by_width(tmp_path):
+    train(tmp_path / "loop", "--shard_by_heads", "--max_train_steps", 4)
+    finish("train_trainer.py", "--output_dir", tmp_path / "trainer", *TINY_TRAINER, "--shard_by_heads")
+    for name in ("loop", "trainer"):
+        files = [file.name for file in sorted((tmp_path / name).glob("*.safetensors"))]
+        assert files == ["model-03-heads.safetensors", "model-04-heads.safetensors"]
+        whole = HydraViTForImageClassification.from_pretrained(tmp_path / name)
+        check_card(tmp_path / name, whole, held_out_digits(tmp_path / name), [3, 4])
+
+
 @pytest.mark.slow  # its fast siblings are the tests of `make_model` and of the steps of such a model
 def test_stages_that_recycle_tokens_are_trained_from_an_ordinary_checkpoint(trained, tmp_path):
     train(tmp_path, "--model_name_or_path", trained[0], "--token_recycling", "--subnetwork_heads", 2, 4)

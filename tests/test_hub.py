@@ -13,6 +13,7 @@ import pytest
 import torch
 from support.hub_server import HubServer
 
+from hydravit_hf import HydraViTConfig, HydraViTForImageClassification
 from hydravit_hf.data import load_digits
 from hydravit_hf.image_processing import make_image_processor
 from hydravit_hf.reporting import plot_accuracy
@@ -302,6 +303,166 @@ def test_the_cache_is_enough_without_a_network_and_its_lack_is_one_error(hub, us
         check(client.logits("user/alone", images, num_attention_heads=3), model, images, 3)
         with pytest.raises(ClientError, match=r"OSError.*: We couldn't connect to 'http://127.0.0.1"):
             client.logits("user/alone", images, cache_dir=str(tmp_path / "empty"))
+
+
+def downloaded(hub: HubServer, start: int) -> int:
+    return hub.bytes_sent("/storage/", start)
+
+
+def test_a_width_downloads_its_files_only_and_a_wider_one_the_difference(hub, user, save, images, tmp_path):
+    folder, model = save()
+    push(user, folder, "user/by-width", shard_by_heads=[2, 4])
+    sizes = {path: len(data) for path, data in hub.repos["user/by-width"].files().items() if "-heads." in path}
+    assert sorted(sizes) == [f"model-0{heads}-heads.safetensors" for heads in (2, 4, 6)]
+    for setup in (WITH_THE_PACKAGE, WITHOUT_THE_PACKAGE):
+        home = tmp_path / str(len(setup))
+        home.mkdir()
+        with Client(hub, home, setup) as client:
+            for num_heads, names in ((2, [2]), (1, []), (3, [4]), (4, []), (6, [6]), (None, [])):
+                start = len(hub.log)
+                options = {} if num_heads is None else {"num_attention_heads": num_heads}
+                check(client.logits("user/by-width", images, **options), model, images, num_heads)
+                expected = sum(sizes[f"model-0{heads}-heads.safetensors"] for heads in names)
+                assert 0 <= downloaded(hub, start) - expected < 1000 * len(names) + 1  # the head of each answer
+                getting = [path for method, path in hub.log[start:] if method == "GET" and "/storage/" in path]
+                assert len(getting) == len(names)
+        with Client(hub, home, setup, HF_HUB_OFFLINE="1") as client:
+            check(client.logits("user/by-width", images, num_attention_heads=3), model, images, 3)
+
+
+def test_offline_a_width_whose_files_are_missing_is_one_error(hub, user, save, images, tmp_path):
+    folder, model = save(shard_by_heads=True)
+    push(user, folder, "user/part")
+    cache = {"cache_dir": str(tmp_path / "cache")}
+    check(user.logits("user/part", images, num_attention_heads=3, **cache), model, images, 3)
+    for num_heads in (1, 3):
+        options = {"num_attention_heads": num_heads, "local_files_only": True, **cache}
+        check(user.logits("user/part", images, **options), model, images, num_heads)
+    with pytest.raises(ClientError, match=r"OSError.*: We couldn't connect"):
+        user.logits("user/part", images, num_attention_heads=4, local_files_only=True, **cache)
+
+
+def test_files_by_width_of_two_commits_never_mix(hub, user, save, images, tmp_path):
+    """A push between two files of one download: those of the commit that it began with go on."""
+    first, model = save("first", shard_by_heads=True)
+    second, other = save("second", shard_by_heads=True)
+    push(user, first, "user/moving")
+    oid = push(user, second, "user/moving", revision="next")
+    branches = hub.repos["user/moving"].branches
+
+    def advance():
+        branches["main"] = oid
+
+    with hub.fail(lambda method, path: path.endswith("model-03-heads.safetensors"), advance, times=1) as fault:
+        check(user.logits("user/moving", images), model, images)
+    assert fault["times"] == 0
+    check(user.logits("user/moving", images, num_attention_heads=3), other, images, 3)
+
+
+def test_weights_of_one_format_replace_those_of_the_other_in_the_repository(hub, user, reader, save, images):
+    folder, model = save()
+    push(user, folder, "user/formats", include=["notes.txt"])
+    for options in ({"shard_by_heads": True}, {"shard_by_heads": [3]}, {}):
+        model.classifier.bias.data += 1
+        model.save_pretrained(folder)
+        push(user, folder, "user/formats", **options)
+        names = {name for name in hub.repos["user/formats"].files() if "safetensors" in name}
+        if options:
+            index = json.loads(hub.repos["user/formats"].files()["model.safetensors.index.json"])
+            assert names == {"model.safetensors.index.json", *index["weight_map"].values()}
+        else:
+            assert names == {"model.safetensors"}
+        check(reader.logits("user/formats", images), model, images)
+        check(reader.logits("user/formats", images, num_attention_heads=2), model, images, 2)
+
+
+def test_files_by_width_that_do_not_belong_together_are_not_published(hub, user, save):
+    folder, _ = save(shard_by_heads=True)
+    other, _ = save("other", shard_by_heads=True)
+    shutil.copy(other / "model-02-heads.safetensors", folder)
+    for options in ({}, {"shard_by_heads": True}):
+        with pytest.raises(ClientError, match=r"ValueError.*model-02-heads.safetensors' belongs to another"):
+            push(user, folder, "user/damaged", **options)
+    with pytest.raises(ClientError, match=r"ValueError.*`shard_by_heads` must be"):
+        push(user, other, "user/damaged", shard_by_heads=[7])
+    assert "user/damaged" not in hub.repos
+
+
+KILL_WHILE_DOWNLOADING = """
+import json, os, random, signal, sys, time, traceback
+import torch
+from huggingface_hub import constants
+from hydravit_hf import HydraViTForImageClassification
+
+repo, cache, kills, longest, num_heads = sys.argv[1], sys.argv[2], *map(json.loads, sys.argv[3:])
+constants.DOWNLOAD_CHUNK_SIZE = 2**14  # what the client writes at once; it is 10 MB, and the model has 3
+torch.set_num_threads(1)
+
+def in_child(work, *arguments):
+    child = os.fork()  # this process itself never starts a thread, so that its children can
+    if child == 0:
+        status = 1
+        try:
+            status = work(*arguments)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return child
+
+def load(number, **options):
+    try:
+        folder = f"{cache}/{number}"
+        loaded = HydraViTForImageClassification.from_pretrained(
+            repo, num_attention_heads=num_heads, cache_dir=folder, **options
+        )
+    except OSError:
+        return 2
+    (value,) = {value.item() for parameter in loaded.parameters() for value in parameter.unique()}
+    return 0 if value == 1 else 3
+
+random.seed(0)
+number = interrupted = 0
+while interrupted < kills:
+    child = in_child(load, number)
+    time.sleep(random.uniform(0.05, longest))
+    os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    interrupted += status == signal.SIGKILL
+    rest = os.waitstatus_to_exitcode(os.waitpid(in_child(lambda: load(number, local_files_only=True)), 0)[1])
+    assert rest in (0, 2), rest  # a whole model or an error
+    number += rest == 0  # a new cache
+assert os.waitpid(in_child(load, number), 0)[1] == 0
+print(number + 1, "downloads")
+"""
+
+
+def constant_folder(folder: Path, **options) -> int:
+    """Save a model whose weights are all 1, so that a mixture or a gap is seen. Returns the size of its files."""
+    config = HydraViTConfig(num_attention_heads=6, head_dim=32, num_hidden_layers=2, image_size=16, patch_size=4)
+    model = HydraViTForImageClassification(config)
+    for parameter in model.parameters():
+        parameter.data.fill_(1)
+    model.save_pretrained(folder, **options)
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_a_download_that_is_killed_goes_on_where_it_was(user, tmp_path, kills):
+    size = constant_folder(tmp_path / "saved", shard_by_heads=True)
+    with HubServer({"hf_user": "user"}, rate=4e6) as slow:
+        with Client(slow, tmp_path, WITH_THE_PACKAGE, "hf_user") as client:
+            push(client, tmp_path / "saved", "user/killed")
+        start = len(slow.log)
+        command = [sys.executable, "-c", KILL_WHILE_DOWNLOADING, "user/killed", str(tmp_path / "cache")]
+        environment = client_environment(slow, tmp_path, None)
+        result = subprocess.run(
+            [*command, str(kills), "0.5", "6"], env=environment, capture_output=True, text=True, timeout=500
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        downloads = int(result.stdout.split()[0])
+        again = slow.bytes_sent("/storage/", start) / (downloads * size)
+    assert again < 1 + 0.5 * kills / downloads  # what a kill loses is in buffers of the connection
 
 
 def test_a_folder_is_published_in_one_commit_without_what_training_left(hub, user, save):

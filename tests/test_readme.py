@@ -1,4 +1,4 @@
-"""Every snippet of the README and of docs/training.md runs, in order, on checkpoints like the first command's.
+"""Every snippet of the README and of the pages on training, loading and elastify runs, in order.
 
 What the pages link to exists, and so do the commands that they name.
 """
@@ -83,6 +83,14 @@ def test_the_snippets_on_elastify_make_a_vit_elastic_and_teach_it(tmp_path, monk
             pixel_values = processor(digits, return_tensors="pt").pixel_values
             torch.testing.assert_close(model(pixel_values).logits, vit(pixel_values).logits, atol=1e-4, rtol=0)
     assert names["trainer"].state.global_step == 2
+
+
+def test_the_snippets_on_loading_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for number, snippet in enumerate(snippets("python", PAGES["docs/loading.md"])):
+        exec(compile(snippet, f"docs/loading.md snippet {number + 1}", "exec"), names)
+    assert (names["small"].config.hidden_size, names["middle"].config.hidden_size) == (192, 320)
 
 
 def test_the_commands_install_extras_that_exist():

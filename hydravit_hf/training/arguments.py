@@ -190,6 +190,15 @@ class RunArguments:
         return next(reversed(list_checkpoints(self.output_dir)), None)
 
 
+@dataclass
+class SaveArguments:
+    """Which files hold the trained model. A resumed run may have others."""
+
+    _argument_group_name = "saving (default: one file)"
+
+    shard_by_heads: bool = option(False, "Save a file for each width: a load of few heads needs the first ones only.")
+
+
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows each option under one name, and only the defaults that say something."""
 

@@ -356,10 +356,10 @@ def test_a_second_save_replaces_the_first_and_leaves_no_file_of_it(make_model, t
 
 
 KILL_WHILE_SAVING = """
-import itertools, os, random, signal, sys, time, traceback, torch
+import itertools, json, os, random, signal, sys, time, traceback, torch
 from hydravit_hf import HydraViTConfig, HydraViTForImageClassification
 
-folder, shard_size, kills = sys.argv[1], sys.argv[2], int(sys.argv[3])
+folder, options, kills = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
 torch.set_num_threads(1)
 config = HydraViTConfig(num_attention_heads=6, head_dim=16, num_hidden_layers=2, image_size=16, patch_size=4)
 model = HydraViTForImageClassification(config)
@@ -368,7 +368,7 @@ def save_forever(report):
     for number in itertools.count(1):
         for parameter in model.parameters():
             parameter.data.fill_(number)
-        model.save_pretrained(folder, max_shard_size=shard_size)
+        model.save_pretrained(folder, **options)
         os.write(report, b".")
 
 def in_child(work, *arguments):
@@ -403,15 +403,15 @@ for _ in range(kills):
         saved += len(dots)
     os.close(read)
     assert os.waitpid(in_child(check, saved), 0)[1] == 0
-model.save_pretrained(folder, max_shard_size=shard_size)
+model.save_pretrained(folder, **options)
 print("whole after every kill")
 """
 
 
 @pytest.mark.slow  # its fast sibling is test_a_save_that_stops_at_any_step_leaves_one_whole_checkpoint
-@pytest.mark.parametrize("shard_size", ["1GB", "100KB"])
-def test_a_save_that_is_killed_leaves_the_last_checkpoint_whole(tmp_path, shard_size):
-    command = [sys.executable, "-c", KILL_WHILE_SAVING, str(tmp_path), shard_size, "40"]
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "100KB"}, {"shard_by_heads": True}])
+def test_a_save_that_is_killed_leaves_the_last_checkpoint_whole(tmp_path, options):
+    command = [sys.executable, "-c", KILL_WHILE_SAVING, str(tmp_path), json.dumps(options), "40"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.stdout == "whole after every kill\n", result.stderr[-2000:]
     assert not list(tmp_path.glob("_saving*"))
@@ -439,24 +439,38 @@ def stop_after(steps: int, patch) -> list[str]:
     return done
 
 
-@pytest.mark.parametrize("shard_sizes", [("1GB", "1GB"), ("90KB", "1GB"), ("1GB", "90KB"), ("90KB", "120KB")])
-def test_a_save_that_stops_at_any_step_leaves_one_whole_checkpoint(make_model, tmp_path, monkeypatch, shard_sizes):
+BY_WIDTH = {"shard_by_heads": [2, 4]}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ({}, {}),
+        ({"max_shard_size": "90KB"}, {}),
+        ({}, {"max_shard_size": "90KB"}),
+        ({"max_shard_size": "90KB"}, {"max_shard_size": "120KB"}),
+        (BY_WIDTH, {}),
+        ({}, BY_WIDTH),
+        (BY_WIDTH, BY_WIDTH),
+        ({"max_shard_size": "90KB"}, BY_WIDTH | {"max_shard_size": "60KB"}),
+    ],
+)
+def test_a_save_that_stops_at_any_step_leaves_one_whole_checkpoint(make_model, tmp_path, monkeypatch, options):
     models = make_model(), make_model()
     for value, model in enumerate(models):
         for parameter in model.parameters():
             parameter.data.fill_(value)
-    models[0].save_pretrained(tmp_path / "saved", max_shard_size=shard_sizes[0])
+    models[0].save_pretrained(tmp_path / "saved", **options[0])
     found = []
     while True:
         folder = shutil.copytree(tmp_path / "saved", tmp_path / str(len(found)))
         with monkeypatch.context() as patch, suppress(Stop):
             done = stop_after(len(found), patch)
-            models[1].save_pretrained(folder, max_shard_size=shard_sizes[1])
+            models[1].save_pretrained(folder, **options[1])
         if len(done) < len(found):  # it came to its end
             break
-        (value,) = {
-            value.item() for weight in CLASSIFIER.from_pretrained(folder).parameters() for value in weight.unique()
-        }
+        loads = (CLASSIFIER.from_pretrained(folder, num_attention_heads=heads) for heads in (6, 3))
+        (value,) = {value.item() for load in loads for weight in load.parameters() for value in weight.unique()}
         found.append(value)
     assert found == sorted(found) and set(found) == {0, 1}
 
@@ -477,15 +491,18 @@ def test_a_save_during_a_load_never_mixes_two_checkpoints(make_model, tmp_path, 
         assert torch.equal(loaded.state_dict()[name], tensor), name
 
 
-@pytest.mark.parametrize("max_shard_size", ["1GB", "300KB"])
-def test_a_save_on_a_full_disk_keeps_the_checkpoint_that_was_there(large_model, disk, max_shard_size):
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "300KB"}])
+def test_a_save_on_a_full_disk_keeps_the_checkpoint_that_was_there(large_model, disk, options):
     folder = disk / "saved"
-    large_model.save_pretrained(folder, max_shard_size=max_shard_size)
+    large_model.save_pretrained(folder, **options)
     before = contents(folder)
     for parameter in large_model.parameters():
         parameter.data += 1
     with pytest.raises(OSError, match=FULL):
-        large_model.save_pretrained(folder, max_shard_size=max_shard_size)
+        large_model.save_pretrained(folder, **options)
+    assert contents(folder) == before
+    with pytest.raises(OSError, match=FULL):
+        large_model.save_pretrained(folder, shard_by_heads=True)
     assert contents(folder) == before
     assert not list(folder.glob("_saving*"))
     with pytest.raises(OSError, match=FULL):
@@ -501,7 +518,7 @@ def test_a_save_on_a_full_disk_keeps_the_checkpoint_that_was_there(large_model, 
         assert torch.equal(old + 1, new)
     del loaded, old  # they are mapped from the file
     shutil.rmtree(folder)
-    large_model.save_pretrained(folder, max_shard_size=max_shard_size)  # with room again, it works again
+    large_model.save_pretrained(folder, **options)  # with room again, it works again
 
 
 def test_a_save_of_too_large_a_file_keeps_the_checkpoint_that_was_there(large_model, tmp_path):

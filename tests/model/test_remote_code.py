@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
 from transformers import ViTForImageClassification, pipeline
 
-folder, again = sys.argv[1:]
+folder, again, by_width = sys.argv[1:]
 expected = torch.load(f"{folder}/expected.pt", weights_only=True)
 images = expected.pop("images")
 image = Image.radial_gradient("L").convert("RGB")
@@ -57,8 +57,15 @@ narrow.save_pretrained(again, max_shard_size="20KB")
 check(load(again, num_attention_heads=3, **trust)(images).logits, 3)
 assert AutoModel.from_pretrained(again, **trust)(images).pooler_output.shape == (3, 32)
 
+# saved in files by width from here, and cut between two files
+full.save_pretrained(by_width, shard_by_heads=[2, 4])
+for k in expected:
+    check(load(by_width, num_attention_heads=k, **trust)(images).logits, k)
+check(load(by_width, device_map="cpu", **trust)(images).logits, 6)
+assert AutoModel.from_pretrained(by_width, num_attention_heads=3, **trust)(images).pooler_output.shape == (3, 24)
+
 # in pipelines: ours by its name, or where no task is named, at a width of each call; the stock one at one width
-for path, heads in ((folder, range(1, 7)), (again, range(1, 5))):
+for path, heads in ((folder, range(1, 7)), (again, range(1, 5)), (by_width, range(1, 7))):
     for task in ("hydravit-image-classification", None):
         pipe = pipeline(task, path, image_processor=folder, **trust)
         assert type(pipe).__name__ == "HydraViTImageClassificationPipeline"
@@ -89,8 +96,9 @@ def test_a_folder_loads_where_the_package_is_not_installed(
     make_image_processor(model.config).save_pretrained(tmp_path / "saved")
     expected = {num_heads: model(images, num_heads_active=num_heads).logits.detach() for num_heads in HEADS}
     torch.save({"images": images, **expected}, tmp_path / "saved" / "expected.pt")
-    run_without_the_package(EVERYTHING, tmp_path / "saved", tmp_path / "again")
-    assert {file.name for file in (tmp_path / "again").glob("*.py")} == TRAVELLING
+    run_without_the_package(EVERYTHING, *(tmp_path / name for name in ("saved", "again", "by_width")))
+    for name in ("again", "by_width"):
+        assert {file.name for file in (tmp_path / name).glob("*.py")} == TRAVELLING
 
 
 EARLIER = """

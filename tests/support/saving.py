@@ -13,10 +13,10 @@ def constant_model(value: float) -> HydraViTForImageClassification:
     return model
 
 
-def save_often(folder, value: float, shard_size, saves: int, errors):
+def save_often(folder, value: float, options: dict, saves: int, errors):
     model = constant_model(value)
     for _ in range(saves):
         try:
-            model.save_pretrained(folder, max_shard_size=shard_size)
+            model.save_pretrained(folder, **options)
         except Exception as error:
             errors.put(repr(error))
