@@ -46,7 +46,7 @@ def reshard_checkpoint(
     folder = Path(folder)
     new_folder = folder if new_folder is None else Path(new_folder)
     config = HydraViTConfig.from_pretrained(folder)
-    heads = shard_by_heads and resolve_shard_heads(shard_by_heads, config)
+    heads = None if shard_by_heads is False else resolve_shard_heads(shard_by_heads, config)
     shards = find_weights(folder, config.num_attention_heads, variant=None, named=None, hub_kwargs={})
     if not shards:
         raise FileNotFoundError(f"'{folder}' has no safetensors files.")

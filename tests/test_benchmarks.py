@@ -141,6 +141,14 @@ def test_the_benchmark_of_loading_prints_a_row_for_each_way():
     assert rows[1][1] == "ordinary 3-head ViT" and rows[1][3] == "1.00"
 
 
+@pytest.mark.parametrize("name", ["download", "loading"])
+def test_the_tables_on_loading_are_those_of_the_results(load_module, name):
+    timing, benchmark = load_module("timing"), load_module(f"benchmark_{name}")
+    rows = timing.read_rows(BENCHMARKS / "results" / f"{name}.jsonl")
+    assert timing.format_rows(rows, benchmark.COLUMNS) in (DOCS / "loading.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow  # its fast sibling is test_a_width_downloads_its_files_only_and_a_wider_one_the_difference
 def test_the_benchmark_of_downloads_counts_the_bytes_of_each_width(run_here, tmp_path):
     printed = run_here("benchmark_download.py", "--rate", 1000, *TINY, "--json", tmp_path / "rows.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
