@@ -396,6 +396,8 @@ def elastify(
 
     Where the images have the classes of the ViT, every width is evaluated on those held out, and the card is written.
     """
+    from datasets import ClassLabel
+
     from .data import load_image_files, to_pixel_values, undecoded
     from .elastification import elastify
     from .folders import check_new_or_empty
@@ -421,6 +423,7 @@ def elastify(
     if (
         test is None
         or "classifier.weight" not in source.tensors
+        or not isinstance(test.features["label"], ClassLabel)
         or not set(test.features["label"].names) <= model.config.label2id.keys()
     ):
         return print("The images do not have the classes of the ViT: no width was evaluated, and there is no card.")
@@ -574,6 +577,7 @@ def _load_splits(data: str, **columns: str | None):
 def _load_images(model: str, config, data: str, split: str, skip_broken: bool = False, **columns: str | None):
     """Load labelled images and prepare them for a model, whose classes they must have. Returns them, and the number of
     those that were left out."""
+    from datasets import ClassLabel
     from transformers import AutoImageProcessor
 
     from .data import align_labels, check_labels, to_pixel_values, undecoded
@@ -583,6 +587,8 @@ def _load_images(model: str, config, data: str, split: str, skip_broken: bool = 
     if split not in splits:
         raise ValueError(f"`--split` must be one of {', '.join(splits)}, not '{split}'.")
     images = splits[split]
+    if not isinstance(images.features["label"], ClassLabel):
+        raise ValueError("The images have several labels or numbers as labels: `HydraViTTrainer.evaluate` takes them.")
     if sorted(config.id2label) != list(range(config.num_labels)):
         raise ValueError(f"The model must number its labels from 0, not {sorted(config.id2label)[0]}, in `id2label`.")
     if config.id2label[0] != "LABEL_0":  # the names of classes tell more than their numbers
@@ -631,11 +637,10 @@ def _print_report(report: dict):
     def name(place: dict) -> str:
         return _printable(place.get("path") or f"row {place['row']}") + f" ({place['split']})"
 
-    splits = list(next(iter(report["classes"].values())))
-    for split in splits:
-        print(f"{split}: {sum(numbers[split] for numbers in report['classes'].values())} images")
+    for split, number in report["images"].items():
+        print(f"{split}: {number} images")
     for label, numbers in report["classes"].items():
-        print(f"  {_printable(label)}: " + ", ".join(f"{numbers[split]} {split}" for split in splits))
+        print(f"  {_printable(label)}: " + ", ".join(f"{number} {split}" for split, number in numbers.items()))
     for place in report["broken"]:
         print(f"broken: {place['split']}, row {place['row']}: {_printable(place['error'])}")
     for place in report["huge"]:

@@ -17,6 +17,7 @@ from datasets import (
     Features,
     Image,
     IterableDatasetDict,
+    List,
     Value,
     load_dataset,
 )
@@ -77,6 +78,10 @@ def load_images(
 ) -> DatasetDict:
     """Load labelled images from the Hub or a local folder, with the columns `image` and `label`.
 
+    Labels are classes. Words and whole numbers become classes; lists of them become lists of classes, which `multi_hot`
+    turns into numbers for a model. Other numbers, and lists of them, stay as they are, for a regression or as numbers
+    for several labels.
+
     Without arguments, it loads the digits of `load_digits`. A validation split becomes the test split, else a test
     split does. If neither has labels, a fifth of the training images becomes the test split, and a line says so.
 
@@ -122,15 +127,12 @@ def load_images(
         if label in splits[name].column_names and _count_unlabelled(splits[name], label) < len(splits[name]):
             _check_labelled(splits[name], label, name)
         logger.warning(f"The split '{name}' has no labels: it is not evaluated on.")
-    names_classes = isinstance(chosen["train"].features["label"], ClassLabel)
     if streaming:
-        if "test" not in chosen or not names_classes:
+        if "test" not in chosen or not isinstance(chosen["train"].features["label"], ClassLabel):
             raise ValueError("A stream must have a validation or test split, and labels of type ClassLabel.")
         return IterableDatasetDict(chosen)
     _check_labelled(chosen["train"], "label", train)
-    chosen = DatasetDict(chosen)
-    if not names_classes:
-        chosen = _number_classes(chosen)
+    chosen = _number_classes(DatasetDict(chosen))
     if "test" not in chosen:
         chosen = hold_out(chosen["train"])
         logger.warning(f"There is no labelled test split: {len(chosen['test'])} of the training images are held out.")
@@ -192,11 +194,16 @@ def load_image_files(folder: str | Path) -> Dataset:
 def hold_out(dataset: Dataset) -> DatasetDict:
     """Split a data set into train and test, with the same share of every class in both.
 
-    Classes with few images give one of them. A class with one image keeps it for training.
+    Classes with few images give one of them. A class with one image keeps it for training. Labels that are no single
+    classes are not looked at.
 
     Raises:
         ValueError: No class has two images.
     """
+    if not isinstance(dataset.features["label"], ClassLabel):
+        if len(dataset) < 2:
+            raise ValueError("There are too few images to hold some out for the test.")
+        return dataset.train_test_split(math.ceil(HELD_OUT * len(dataset)), seed=0)
     labels = np.array(dataset.with_format(None)["label"])
     numbers = np.bincount(labels)
     numbers = numbers[numbers > 0]
@@ -301,16 +308,23 @@ def _rename(dataset: Dataset, image: str, label: str) -> Dataset:
     for name in (image, label):
         if name not in dataset.column_names:
             raise ValueError(f"The data set has no column '{name}'; it has {dataset.column_names}.")
-    if not isinstance(dataset.features[label], (ClassLabel, Value)):
-        raise ValueError(f"The column '{label}' must hold one label for each image: lists of labels are not supported.")
+    if not isinstance(getattr(dataset.features[label], "feature", dataset.features[label]), (ClassLabel, Value)):
+        raise ValueError(f"The column '{label}' must hold labels, or lists of them, not {dataset.features[label]}.")
     dataset = dataset.select_columns([image, label])
     return dataset.rename_columns({old: new for old, new in ((image, "image"), (label, "label")) if old != new})
 
 
 def _count_unlabelled(dataset: Dataset, label: str) -> int:
-    """The number of images without a label: None, or a number below 0."""
-    labels = dataset.select_columns(label).with_format(None)[label]
-    return sum(value is None or (isinstance(value, int) and value < 0) for value in labels)
+    """The number of images without a label: None, or an index below 0. An empty list is a label."""
+    labels = dataset.select_columns(label).with_format(None)[label][:]
+    return sum(
+        any(value is None or (isinstance(value, int) and value < 0) for value in _listed(labels_of))
+        for labels_of in labels
+    )
+
+
+def _listed(value) -> list:
+    return value if isinstance(value, list) else [value]
 
 
 def _check_labelled(dataset: Dataset, label: str, split: str):
@@ -382,7 +396,15 @@ def check_labels(dataset: Dataset, num_labels: int):
     if len(dataset) == 0:
         raise ValueError("There is nothing to train on: the dataset is empty.")
     for column in {"label", "labels"} & set(dataset.column_names):
-        labels = np.unique(dataset.select_columns(column).with_format("numpy")[:][column])
+        values = dataset.select_columns(column).with_format(None)[column][:]
+        if isinstance(values[0], list):
+            if lengths := {len(value) for value in values} - {num_labels}:
+                raise ValueError(
+                    f"Lists of labels must have {num_labels} numbers, as the model has as many labels; the column "
+                    f"'{column}' has lists of {min(lengths)}. `multi_hot` makes them of lists of classes."
+                )
+            continue
+        labels = np.unique(np.asarray(values))
         if labels.dtype.kind not in "iu":
             continue  # such as words, which a transform may turn into numbers
         wrong = labels[(labels < 0) | (labels >= num_labels)]
@@ -408,8 +430,47 @@ def align_labels(dataset: Dataset, label2id: dict[str, int]) -> Dataset:
 
 
 def _number_classes(splits: DatasetDict) -> DatasetDict:
-    """Turn labels that are words or numbers into classes, in sorted order and the same ones in every split."""
-    classes = sorted(set().union(*(split.unique("label") for split in splits.values())))
+    """Turn labels that are words or whole numbers, or lists of them, into classes, in sorted order and the same ones in
+    every split. Lists of as many numbers for each image are numbers for several labels."""
+    feature = splits["train"].features["label"]
+    kind = getattr(feature, "feature", feature)
+    if isinstance(kind, ClassLabel):
+        return splits
+    labels = {split: data.with_format(None)["label"][:] for split, data in splits.items()}
+    values = {value for column in labels.values() for label in column for value in _listed(label)}
+    is_list, numbers_only = kind is not feature, not any(isinstance(value, str) for value in values)
+    lengths = {len(label) for column in labels.values() for label in column} if is_list else set()
+    if numbers_only and any(value != int(value) for value in values):
+        return splits  # a regression
+    if numbers_only and len(lengths) == 1 and max(lengths) > 1 and (values <= {0, 1} or kind.dtype.startswith("float")):
+        return splits  # a number for each label
+    classes = sorted(values)
     numbers = {name: number for number, name in enumerate(classes)}
-    splits = splits.map(lambda label: {"label": numbers[label]}, input_columns="label")
-    return splits.cast_column("label", ClassLabel(names=[str(name) for name in classes]))
+
+    def number(label):
+        return {"label": [numbers[value] for value in label] if is_list else numbers[label]}
+
+    named = ClassLabel(names=[str(name) for name in classes])
+    features = Features(splits["train"].features | {"label": List(named) if is_list else named})
+    return splits.map(number, input_columns="label", features=features)
+
+
+def multi_hot(dataset: Dataset) -> Dataset:
+    """Turn lists of classes into what a model of several labels takes: 1.0 or 0.0 for each class.
+
+    The names of the classes are in `dataset.features["label"].feature.names` before.
+
+    Example:
+        >>> from datasets import ClassLabel, Dataset, Features, List
+        >>> from hydravit_hf.data import multi_hot
+        >>> features = Features({"label": List(ClassLabel(names=["cat", "dog"]))})
+        >>> multi_hot(Dataset.from_dict({"label": [[1], [0, 1], []]}, features=features))["label"][:]
+        [[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]]
+    """
+    number = dataset.features["label"].feature.num_classes
+
+    def mark(labels: list[int]) -> dict:
+        return {"label": [float(index in labels) for index in range(number)]}
+
+    features = Features(dataset.features | {"label": List(Value("float32"), length=number)})
+    return dataset.map(mark, input_columns="label", features=features)

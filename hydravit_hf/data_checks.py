@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections import Counter, defaultdict
 from io import BytesIO
+from itertools import chain
 
 from datasets import Dataset, DatasetDict, Features, Value
 from PIL import Image as PILImage
@@ -26,10 +27,10 @@ def check_images(splits: DatasetDict, num_proc: int | None = None) -> dict:
         num_proc: Number of processes that read the images. None means one for each core, 8 at most.
 
     Returns:
-        `classes`, the number of images of each class in each split; `broken`, the images that can't be read, each with
-        its error; `huge`, those of more than `HUGE_PIXELS` pixels, each with their number; and `duplicates`, groups of
-        images with the same pixels that are in several splits. Each image has a `split`, a `row` and, if there is one,
-        a `path`.
+        `images`, the number of images in each split; `classes`, that of each class in each split; `broken`, the images
+        that can't be read, each with its error; `huge`, those of more than `HUGE_PIXELS` pixels, each with their
+        number; and `duplicates`, groups of images with the same pixels that are in several splits. Each image has a
+        `split`, a `row` and, if there is one, a `path`.
 
     Example:
         >>> from hydravit_hf.data import load_digits
@@ -38,7 +39,8 @@ def check_images(splits: DatasetDict, num_proc: int | None = None) -> dict:
         >>> report["classes"]["3"], report["broken"], report["duplicates"]
         ({'train': 146, 'test': 37}, [], [])
     """
-    report = {"classes": _count_classes(splits), "broken": [], "huge": [], "duplicates": []}
+    images = {split: len(dataset) for split, dataset in splits.items()}
+    report = {"images": images, "classes": _count_classes(splits), "broken": [], "huge": [], "duplicates": []}
     places = defaultdict(list)
     for split, dataset in splits.items():
         found = read_images(dataset, num_proc)
@@ -117,9 +119,12 @@ def _read(image: dict) -> dict:
     return {"error": None, "pixels": pixels, "digest": content.digest()}
 
 
-def _count_classes(splits: DatasetDict) -> dict[str, dict[str, int]]:
-    names = next(iter(splits.values())).features["label"].names
-    numbers = {split: Counter(dataset.with_format(None)["label"]) for split, dataset in splits.items()}
+def _count_classes(splits: dict[str, Dataset]) -> dict[str, dict[str, int]]:
+    feature = next(iter(splits.values())).features["label"]
+    is_list = hasattr(feature, "feature")
+    names = getattr(feature.feature if is_list else feature, "names", [])  # numbers have none
+    labels = {split: dataset.with_format(None)["label"] for split, dataset in splits.items()}
+    numbers = {split: Counter(chain.from_iterable(column) if is_list else column) for split, column in labels.items()}
     return {name: {split: numbers[split][label] for split in splits} for label, name in enumerate(names)}
 
 

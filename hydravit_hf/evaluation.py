@@ -60,7 +60,7 @@ def evaluate_subnetworks(
         images whose label ranks first, or among the first five. The loss is the mean cross-entropy.
 
     Raises:
-        ValueError: There is no data, or the model does not hold a width.
+        ValueError: There is no data, the model does not hold a width, or it is no single-label classifier.
 
     Example:
         >>> import torch
@@ -73,6 +73,11 @@ def evaluate_subnetworks(
     """
     from .metrics import SubnetworkMetric  # needs the package `evaluate`
 
+    if model.config.problem_type not in (None, "single_label_classification"):
+        raise ValueError(
+            f"This function evaluates single-label classifiers, not problem_type='{model.config.problem_type}': "
+            "`HydraViTTrainer.evaluate` does."
+        )
     heads = [model.config.check_num_heads(num_heads) for num_heads in heads or model.config.subnetwork_heads]
     loader, gather = make_loader(dataset, batch_size, num_workers), lambda tensors: tensors
     if accelerator is not None:

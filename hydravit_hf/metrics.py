@@ -54,6 +54,47 @@ class SubnetworkMetric(evaluate.Metric):
         )
 
 
+def multi_label_metrics(prediction) -> dict[str, float]:
+    """The metrics of images with several labels, of an `EvalPrediction` of (images, labels).
+
+    They are `average_precision`, the mean over the labels that some image has, and `loss`, the mean cross-entropy of
+    each label.
+
+    Example:
+        >>> import numpy as np
+        >>> from transformers import EvalPrediction
+        >>> from hydravit_hf.metrics import multi_label_metrics
+        >>> logits, labels = np.array([[2.0, 0.0], [-2.0, 0.0]]), np.array([[1, 0], [0, 0]])
+        >>> multi_label_metrics(EvalPrediction(logits, labels))["average_precision"]
+        1.0
+    """
+    from sklearn.metrics import average_precision_score
+
+    logits, labels = prediction.predictions.astype(np.float64), prediction.label_ids
+    present = (labels > 0).any(axis=0)
+    precision = average_precision_score(labels[:, present] > 0, logits[:, present], average="macro")
+    losses = np.logaddexp(0, logits) - labels * logits
+    return {"average_precision": float(precision), "loss": float(losses.mean())}
+
+
+def regression_metrics(prediction) -> dict[str, float]:
+    """The metrics of a regression, of an `EvalPrediction`: `mse`, `mae`, and `r2`, averaged over the values.
+
+    Example:
+        >>> import numpy as np
+        >>> from transformers import EvalPrediction
+        >>> from hydravit_hf.metrics import regression_metrics
+        >>> regression_metrics(EvalPrediction(np.array([[1.0], [3.0]]), np.array([1.0, 2.0])))
+        {'mse': 0.5, 'mae': 0.5, 'r2': -1.0}
+    """
+    from sklearn.metrics import mean_absolute_error, mean_squared_error, r2_score
+
+    values = prediction.predictions
+    pair = prediction.label_ids.reshape(values.shape), values
+    metrics = {"mse": mean_squared_error, "mae": mean_absolute_error, "r2": r2_score}
+    return {name: float(metric(*pair)) for name, metric in metrics.items()}
+
+
 def name_by_width(metrics: dict[int, dict]) -> dict:
     """Flatten the metrics of each head count into names such as `3_heads_accuracy`, and add the means of the numbers.
 

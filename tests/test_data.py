@@ -14,7 +14,16 @@ from PIL import ImageOps
 from sklearn import datasets as sklearn_datasets
 
 from hydravit_hf import HydraViTConfig
-from hydravit_hf.data import align_labels, check_labels, hold_out, load_digits, load_images, load_mnist, to_pixel_values
+from hydravit_hf.data import (
+    align_labels,
+    check_labels,
+    hold_out,
+    load_digits,
+    load_images,
+    load_mnist,
+    multi_hot,
+    to_pixel_values,
+)
 from hydravit_hf.image_processing import make_image_processor
 
 COLORS = {"cat": (255, 0, 0), "dog": (0, 255, 0), "eel": (0, 0, 255)}
@@ -440,13 +449,67 @@ def test_a_test_table_without_labels_is_not_evaluated_on(tmp_path, column, featu
     [
         (Value("string"), ["a", "b"] * 3 + [None], "1 of 7 images of the split 'train' have no label"),
         (CLASSES, [0, 1, None, -1], "2 of 4 images of the split 'train' have no label"),
-        (List(CLASSES), [[0, 1], [1]], "lists of labels are not supported"),
+        (List(CLASSES), [[0, 1], [1], None], "1 of 3 images of the split 'train' have no label"),
+        (List(Value("string")), [["a"], ["b", None]], "1 of 2 images of the split 'train' have no label"),
+        (Image(), [PILImage.new("L", (2, 2))] * 4, "must hold labels, or lists of them"),
     ],
 )
 def test_training_images_without_one_label_are_an_error(tmp_path, feature, labels, message):
     write_table(tmp_path, "train", "label", feature, labels)
     with pytest.raises(ValueError, match=message):
         load_images(data_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("feature", "labels"),
+    [
+        (List(ClassLabel(names=["a", "b", "c"])), [[0, 2], [1], [], [1]]),
+        (List(Value("string")), [["c", "a"], ["b"], [], ["b"]]),
+        (List(Value("int64")), [[5, 3], [4], [], [4]]),
+    ],
+)
+def test_lists_of_classes_become_a_number_for_each_class(tmp_path, feature, labels):
+    for split in ("train", "test"):
+        write_table(tmp_path, split, "label", feature, labels)
+    splits = load_images(data_dir=tmp_path)
+    names = ["3", "4", "5"] if "int" in str(feature) else ["a", "b", "c"]
+    for split in splits.values():
+        assert split.features["label"].feature.names == names
+        assert multi_hot(split)["label"][:] == [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("feature", "labels"),
+    [
+        (List(Value("float32")), [[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]]),
+        (List(Value("int8")), [[0, 1, 1], [1, 0, 0]]),
+        (List(Value("bool")), [[False, True, True], [True, False, False]]),
+        (List(Value("float64")), [[0.25, 3.0], [7.0, 1.0]]),
+        (Value("float32"), [0.5, 2.0]),
+    ],
+)
+def test_numbers_for_several_labels_or_for_a_regression_stay_as_they_are(tmp_path, processor, feature, labels):
+    write_table(tmp_path, "train", "label", feature, labels * 5)
+    splits = load_images(data_dir=tmp_path)
+    assert {split: len(data) for split, data in splits.items()} == {"train": 8, "test": 2}
+    assert splits["train"].features["label"] == feature
+    assert sorted([*splits["train"]["label"], *splits["test"]["label"]]) == sorted(labels * 5)
+    batch = splits["train"].with_transform(to_pixel_values(processor))[:3]
+    assert batch["labels"].tolist() == splits["train"]["label"][:3]
+
+
+@pytest.mark.parametrize(("feature", "labels"), [(Value("float64"), [3.0, 7.0]), (List(Value("int64")), [[3], [7]])])
+def test_whole_numbers_are_classes_also_as_floats_and_alone_in_lists(tmp_path, feature, labels):
+    write_table(tmp_path, "train", "label", feature, labels * 5)
+    feature = load_images(data_dir=tmp_path)["train"].features["label"]
+    assert [float(name) for name in getattr(feature, "feature", feature).names] == [3, 7]
+
+
+def test_lists_of_another_length_than_the_labels_of_the_model_are_an_error():
+    data = Dataset.from_dict({"labels": [[0.0, 1.0], [1.0, 1.0]]})
+    check_labels(data, num_labels=2)
+    with pytest.raises(ValueError, match=r"must have 3 numbers, .* the column 'labels' has lists of 2"):
+        check_labels(data, num_labels=3)
 
 
 def test_columns_and_splits_can_be_named(tmp_path):

@@ -132,6 +132,12 @@ def test_a_width_that_is_not_held_is_an_error(num_heads):
         evaluate_subnetworks(make_classifier(), make_items(2), heads=[1, num_heads])
 
 
+@pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
+def test_only_single_label_classifiers_are_evaluated(problem_type):
+    with pytest.raises(ValueError, match=f"not problem_type='{problem_type}': `HydraViTTrainer.evaluate` does"):
+        evaluate_subnetworks(make_classifier(problem_type=problem_type), make_items(2))
+
+
 def test_a_loader_has_the_items_in_their_order_and_one_that_is_given_stays_as_it_is():
     items = make_items(5)
     batches = list(make_loader(items, batch_size=2))

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from transformers import EvalPrediction
 
-from hydravit_hf.metrics import SubnetworkMetric, name_by_width
+from hydravit_hf.metrics import SubnetworkMetric, multi_label_metrics, name_by_width, regression_metrics
 
 
 @pytest.mark.parametrize("keep_in_memory", [True, False])
@@ -60,3 +61,24 @@ def test_a_metric_that_is_no_number_or_that_a_width_lacks_has_no_mean():
     named = name_by_width({3: narrow, 6: wide})
     assert {name: value for name, value in named.items() if "_heads_" not in name} == {"mean_hits": 1.5, "mean_loss": 1}
     assert named["3_heads_names"] == ["cat"] and named["3_heads_own"] == 1 and "6_heads_own" not in named
+
+
+def test_the_metrics_of_several_labels_are_the_mean_over_labels_that_some_image_has():
+    logits = np.array([[3.0, 0.0, -1.0], [2.0, 5.0, -3.0], [1.0, 9.0, -2.0], [0.0, 1.0, -2.0]])
+    labels = np.array([[1, 0, 0], [0, 1, 0], [1, 0, 0], [0, 0, 0]])
+    found = multi_label_metrics(EvalPrediction(logits, labels))
+    ranks = [(1 / 1 + 2 / 3) / 2, 1 / 2]  # the precision at each image that has the label
+    assert found["average_precision"] == pytest.approx(np.mean(ranks))
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(torch.tensor(logits), torch.tensor(labels).double())
+    assert found["loss"] == pytest.approx(loss.item())
+
+
+@pytest.mark.parametrize("shape", [(50, 3), (50, 1)])
+def test_the_metrics_of_a_regression_are_numpys(shape):
+    generator = np.random.default_rng(0)
+    values, labels = generator.normal(size=(2, *shape))
+    found = regression_metrics(EvalPrediction(values, labels.squeeze(-1) if shape[1] == 1 else labels))
+    assert found["mse"] == pytest.approx(((values - labels) ** 2).mean())
+    assert found["mae"] == pytest.approx(abs(values - labels).mean())
+    explained = 1 - ((values - labels) ** 2).sum(0) / ((labels - labels.mean(0)) ** 2).sum(0)
+    assert found["r2"] == pytest.approx(explained.mean())

@@ -93,6 +93,16 @@ def test_the_snippets_on_loading_run(tmp_path, monkeypatch):
     assert (names["small"].config.hidden_size, names["middle"].config.hidden_size) == (192, 320)
 
 
+@pytest.mark.filterwarnings("ignore:.*pin_memory")
+def test_the_snippets_on_data_train_on_several_labels(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for number, snippet in enumerate(snippets("python", PAGES["docs/data.md"])):
+        exec(compile(snippet, f"docs/data.md snippet {number + 1}", "exec"), names)
+    assert names["left_out"] == {"train": 0, "test": 0} and names["train_dataset"][0]["pixel_values"].shape == (3, 8, 8)
+    assert names["trainer"].evaluate().keys() >= {"eval_3_heads_average_precision", "eval_mean_average_precision"}
+
+
 def test_the_commands_install_extras_that_exist():
     *commands, shell = snippets("bash")
     assert len(commands) == 2 and len(shell.splitlines()) > 3

@@ -67,12 +67,19 @@ class DataArguments:
 
     def load(self):
         """Load the images as train and test splits, and check the labels; see `hydravit_hf.data.load_images`."""
+        from datasets import ClassLabel
+
         from ..data import check_labels, load_images
 
         columns = {"image_column": self.image_column, "label_column": self.label_column}
         splits = {"train_split": self.train_split, "test_split": self.test_split}
         options = {"streaming": self.streaming} | ({} if self.config_name is None else {"name": self.config_name})
         data = load_images(self.dataset_name, self.data_dir, **columns, **splits, **options)
+        if not isinstance(data["train"].features["label"], ClassLabel):
+            raise ValueError(
+                "The images have several labels or numbers as labels; this script trains single-label classifiers. "
+                "`HydraViTTrainer` trains them in code: see docs/data.md."
+            )
         if not self.streaming:
             check_labels(data["train"], data["train"].features["label"].num_classes)
         return data
@@ -251,6 +258,7 @@ def make_model(data_args: DataArguments, model_args: ModelArguments, labels: lis
     """
     sizes = {name: value for name in DIGITS if (value := getattr(model_args, name)) is not None}
     options = {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
+    options["problem_type"] = None  # the start may have another one; the images have one label each
     for name in ("drop_path_rate", "subnetwork_heads", "subnetwork_weights", "separate_classifiers", "token_recycling"):
         if value := getattr(model_args, name):
             options[name] = value

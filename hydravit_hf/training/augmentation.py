@@ -215,14 +215,14 @@ def mix_images(
 
     Args:
         pixel_values: Images, (B, C, H, W).
-        labels: Labels, (B,).
+        labels: Labels, (B,), or floats for each image, (B, labels) or (B,), such as those of several labels.
         num_labels: Number of classes.
         seed: Seed of the draws.
         mixup_alpha, cutmix_alpha: Parameter of the Beta distribution that the shares are drawn from. 0 turns a method
             off. If both are on, each gets half of the images.
 
     Returns:
-        The mixed images, (B, C, H, W), and the probabilities of their labels, (B, labels).
+        The mixed images, (B, C, H, W), and their mixed labels, (B, labels).
 
     Raises:
         ValueError: Both alphas are 0.
@@ -244,5 +244,7 @@ def mix_images(
     own = np.where(is_cut[:, None, None], ~inside, share[:, None, None])
     own = torch.from_numpy(own.astype(np.float32)).to(device)[:, None]
     pixel_values = torch.lerp(pixel_values[partner], pixel_values, own.to(pixel_values.dtype))
-    targets = nn.functional.one_hot(labels, num_labels).float()
+    if not labels.is_floating_point():
+        labels = nn.functional.one_hot(labels, num_labels).float()
+    targets = labels.reshape(batch, -1)
     return pixel_values, torch.lerp(targets[partner], targets, own.mean((1, 2, 3))[:, None])

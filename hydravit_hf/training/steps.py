@@ -15,6 +15,13 @@ from torch import nn
 from ..model.configuration_hydravit import HydraViTConfig
 from .teacher import Lesson, Teacher
 
+SINGLE_LABEL = "single_label_classification"
+# The loss of logits and targets, and the targets that the logits of a teacher are
+LOSSES = {
+    SINGLE_LABEL: (nn.functional.cross_entropy, lambda logits: logits.softmax(-1)),
+    "multi_label_classification": (nn.functional.binary_cross_entropy_with_logits, torch.sigmoid),
+    "regression": (nn.functional.mse_loss, lambda logits: logits),
+}
 SAMPLING = ("weighted", "uniform", "sandwich", "open_sandwich")
 
 
@@ -213,12 +220,16 @@ def classification_loss(
     teacher_logits: torch.Tensor | None = None,
     distillation_weight: float = 1.0,
     label_smoothing: float = 0.0,
+    problem_type: str = SINGLE_LABEL,
 ) -> torch.Tensor:
-    """Compute the mean cross-entropy with the labels and, by weight, with the predictions of a wider subnetwork.
+    """Compute the mean loss with the labels and, by weight, with the predictions of a wider subnetwork.
+
+    It is the cross-entropy, that of each label ("multi_label_classification"), or the squared error ("regression").
 
     Args:
         logits: Logits, (B, labels), or those of all stages of token recycling, (S, B, labels), which count alike.
-        targets: Labels, (B,), or their probabilities, (B, labels).
+        targets: Labels, (B,), or their probabilities, (B, labels). Those of several labels are (B, labels). The values
+            of a regression are (B, labels), or (B,) for one of them.
         teacher_logits: Logits of the step's widest subnetwork, (B, labels) (in-place distillation,
             https://arxiv.org/abs/1903.05134). None learns from the targets alone.
         distillation_weight: Weight of the teacher, from 0 to 1.
@@ -226,11 +237,40 @@ def classification_loss(
     """
     if logits.ndim == 3:
         logits, targets = logits.flatten(0, 1), torch.cat([targets] * len(logits))
-    loss = nn.functional.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
+    logits = logits.float()
+    compare, predict = LOSSES[problem_type]
+    if problem_type == SINGLE_LABEL:
+        loss = compare(logits, targets, label_smoothing=label_smoothing)
+    else:
+        targets = targets.reshape(logits.shape).float()
+        loss = compare(logits, targets + label_smoothing * (0.5 - targets))
     if teacher_logits is None:
         return loss
-    teacher = teacher_logits.detach().float().softmax(-1)
-    return torch.lerp(loss, nn.functional.cross_entropy(logits.float(), teacher), distillation_weight)
+    return torch.lerp(loss, compare(logits, predict(teacher_logits.detach().float())), distillation_weight)
+
+
+def problem_type_of(config: HydraViTConfig) -> str:
+    """The `problem_type` of a configuration. None means a regression for one label, as in transformers, and a
+    single-label classification for several."""
+    return config.problem_type or ("regression" if config.num_labels == 1 else SINGLE_LABEL)
+
+
+def check_targets(targets: torch.Tensor, config: HydraViTConfig):
+    """Raise a `ValueError` if the labels of a batch, (B, ...), don't fit `problem_type_of` a configuration."""
+    problem_type, shape, num_labels = problem_type_of(config), tuple(targets.shape[1:]), config.num_labels
+    if problem_type == SINGLE_LABEL:
+        is_index = shape == () and not targets.is_floating_point()
+        fits = is_index or (shape == (num_labels,) and config.problem_type is not None)  # probabilities
+    else:
+        fits = shape == (num_labels,) or (problem_type == "regression" and num_labels == 1 and shape == ())
+    if not fits:
+        kind = "numbers" if targets.is_floating_point() else "integers"
+        raise ValueError(
+            f"Each image has {shape[0] if shape else 'one'} of {kind} as its label, which does not fit "
+            f"problem_type={problem_type!r} and {num_labels} labels: set `config.problem_type`, or give one integer "
+            "(single_label_classification), a 0 or 1 for each label (multi_label_classification) or a number for each "
+            "(regression)."
+        )
 
 
 def check_loss(loss: torch.Tensor, num_heads: int, step: int):
@@ -247,7 +287,7 @@ class StepLoss:
 
     Args:
         num_widths: Number of widths in the step. Each loss is divided by it, so that their sum is their mean.
-        distillation_weight, label_smoothing: As in `classification_loss`.
+        distillation_weight, label_smoothing, problem_type: As in `classification_loss`.
         lesson: What a frozen teacher says to the images of the step. It teaches all widths.
     """
 
@@ -257,14 +297,16 @@ class StepLoss:
         distillation_weight: float = 0.0,
         label_smoothing: float = 0.0,
         lesson: Lesson | None = None,
+        problem_type: str = SINGLE_LABEL,
     ):
         self.num_widths, self.distillation_weight = num_widths, distillation_weight
-        self.label_smoothing, self.lesson = label_smoothing, lesson
+        self.label_smoothing, self.lesson, self.problem_type = label_smoothing, lesson, problem_type
         self.widest_logits: torch.Tensor | None = None
 
     def __call__(self, outputs, targets: torch.Tensor) -> torch.Tensor:
         logits = outputs.get("stage_logits", outputs.logits)
-        loss = classification_loss(logits, targets, self.widest_logits, self.distillation_weight, self.label_smoothing)
+        options = (self.distillation_weight, self.label_smoothing, self.problem_type)
+        loss = classification_loss(logits, targets, self.widest_logits, *options)
         if self.distillation_weight and self.widest_logits is None:
             self.widest_logits = outputs.logits.detach()
         if self.lesson is not None:

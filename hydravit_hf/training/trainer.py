@@ -19,17 +19,18 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, ha
 from transformers.utils import is_datasets_available, logging
 
 from ..evaluation import SCORES, score
-from ..metrics import SubnetworkMetric, name_by_width
+from ..metrics import SubnetworkMetric, multi_label_metrics, name_by_width, regression_metrics
 from ..model_card import ModelCardCallback
 from .augmentation import StreamedTrainingImages, TrainingImages, mix_images
 from .averaging import AveragingTrainer
 from .optimizer import PrefixAdamW
 from .runs import RUN_FILE, Preemption, check_same_run, describe_data, last_whole_checkpoint
-from .steps import StepLoss, SubnetworkTrainingArguments, check_loss
+from .steps import SINGLE_LABEL, StepLoss, SubnetworkTrainingArguments, check_loss, check_targets, problem_type_of
 from .teacher import Teacher
 
 logger = logging.get_logger(__name__)
 
+METRICS = {"multi_label_classification": multi_label_metrics, "regression": regression_metrics}
 REPORTED = ("accuracy", "loss")  # the scores that `evaluate` reports without `compute_metrics`
 
 
@@ -91,7 +92,9 @@ class HydraViTTrainer(AveragingTrainer):
     - When training ends, it writes the model card with a table of all widths into `output_dir`, if there is an
       `eval_dataset`.
 
-    The model is a single-label classifier. The datasets give `pixel_values` and `labels`.
+    The datasets give `pixel_values` and `labels`: an index, a number for each label if `config.problem_type` is
+    "multi_label_classification", or numbers for "regression". The reports of these two have the metrics of
+    `multi_label_metrics` and `regression_metrics`, and there is no card.
 
     Args:
         teacher: A frozen classifier with the same labels, or its path or Hub id, that teaches every width, such as the
@@ -119,11 +122,14 @@ class HydraViTTrainer(AveragingTrainer):
         self.model_accepts_loss_kwargs = False  # the loss of a batch is its mean
         self._check_arguments()
         config = self._config = self.model.config
+        self._problem_type = problem_type_of(config)
+        self._user_metrics = self._user_metrics or METRICS.get(self._problem_type)
         self._eval_heads = [config.check_num_heads(k) for k in self.args.eval_heads or config.subnetwork_heads]
         self.teacher = Teacher.of_arguments(self.args, config, teacher)
         self.add_callback(_EpochCallback)
         self.add_callback(_PreemptionCallback(self))
-        if self.args.write_model_card and self.eval_dataset is not None:
+        has_card = self.args.write_model_card and self._problem_type == SINGLE_LABEL
+        if has_card and self.eval_dataset is not None:
             self.add_callback(ModelCardCallback(self._card_dataloader))
 
     def _check_arguments(self):
@@ -135,8 +141,11 @@ class HydraViTTrainer(AveragingTrainer):
             raise ValueError("`preprocess_logits_for_metrics` needs `compute_metrics`.")
         if self.args.freeze_unused_weights and (self.optimizer, self.optimizer_cls_and_kwargs) != (None, None):
             raise ValueError("`freeze_unused_weights` brings an optimizer of its own: leave out the other one.")
-        if self.model.config.problem_type not in (None, "single_label_classification"):
-            raise ValueError(f"HydraViTTrainer trains single-label classifiers, not {self.model.config.problem_type}.")
+        problem_type = problem_type_of(self.model.config)
+        if problem_type == "regression" and self.args.label_smoothing_factor:
+            raise ValueError("`label_smoothing_factor` smoothes the labels of classes, not the values of a regression.")
+        if problem_type != SINGLE_LABEL and self._user_metrics is None and self.args.batch_eval_metrics:
+            raise ValueError(f"`batch_eval_metrics` needs `compute_metrics` for the problem type {problem_type}.")
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if sharded and (self.args.ema_decay or self.args.freeze_unused_weights):
             raise ValueError("`ema_decay` and `freeze_unused_weights` need whole weights: not with FSDP or DeepSpeed.")
@@ -212,6 +221,8 @@ class HydraViTTrainer(AveragingTrainer):
                 f"The items of the dataset lack {' and '.join(missing)}; they have {', '.join(item)}. "
                 "`hydravit_hf.data.to_pixel_values` makes them of images and labels."
             )
+        label = next(item[name] for name in ("labels", "label", "label_ids") if name in item)
+        check_targets(torch.as_tensor(label)[None], self._config)
 
     def create_optimizer(self, *args, **kwargs):
         if self.optimizer is None and self.args.freeze_unused_weights:
@@ -222,6 +233,9 @@ class HydraViTTrainer(AveragingTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         args, step = self.args, self.state.global_step
         inputs = self._prepare_inputs(inputs)
+        check_targets(inputs["labels"], self._config)
+        if self._problem_type != SINGLE_LABEL:
+            inputs["labels"] = inputs["labels"].float()
         if args.mixup_alpha or args.cutmix_alpha:
             inputs["pixel_values"], inputs["labels"] = mix_images(
                 inputs["pixel_values"],
@@ -239,7 +253,8 @@ class HydraViTTrainer(AveragingTrainer):
             with self.compute_loss_context_manager():
                 lesson = self.teacher(inputs["pixel_values"])
             inputs["output_hidden_states"] = bool(args.hidden_state_weight)
-        self._step_loss = StepLoss(len(heads), args.distillation_weight, args.label_smoothing_factor, lesson)
+        options = (args.distillation_weight, args.label_smoothing_factor, lesson, self._problem_type)
+        self._step_loss = StepLoss(len(heads), *options)
         loss = 0.0
         for num_heads in heads:  # as `backward_widths` does, with the backward pass of `Trainer`
             with nullcontext() if num_heads == heads[-1] else self.accelerator.no_sync(model):
@@ -250,6 +265,8 @@ class HydraViTTrainer(AveragingTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not model.training:
+            if self._problem_type != SINGLE_LABEL and "labels" in inputs:
+                inputs = {**inputs, "labels": inputs["labels"].float()}  # as the loss of the model needs them
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs.pop("labels")
         outputs = model(**inputs)

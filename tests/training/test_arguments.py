@@ -5,6 +5,8 @@ import sys
 
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, List, Value
+from datasets import Image as ImageFeature
 from PIL import Image
 from support.training import make_model as make_tiny_model
 
@@ -263,3 +265,31 @@ def test_the_results_of_a_folder_are_printed_with_and_without_a_profile(tmp_path
     print_results(tmp_path, "8 images")
     text = capsys.readouterr().out
     assert "1.50 ms" in text and "Latency of one image on a CPU\n" in text
+
+
+@pytest.mark.parametrize(
+    ("feature", "labels"),
+    [(List(ClassLabel(names=["a", "b"])), [[0, 1], [1]]), (Value("float32"), [0.5, 1.0])],
+)
+def test_the_scripts_refuse_several_labels_and_numbers_in_one_line(parse, tmp_path, feature, labels):
+    columns = {"image": [Image.new("L", (8, 8))] * 10, "label": labels * 5}
+    features = Features({"image": ImageFeature(), "label": feature})
+    Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "train.parquet")
+    data, *_ = parse("--data_dir", tmp_path)
+    with pytest.raises(ValueError, match="this script trains single-label classifiers"):
+        data.load()
+
+
+def test_broken_images_are_left_out_if_asked_for_and_not_of_a_stream(parse, tmp_path):
+    for index in range(10):
+        (tmp_path / "ab"[index % 2]).mkdir(exist_ok=True)
+        Image.new("L", (8, 8), index).save(tmp_path / "ab"[index % 2] / f"{index}.png")
+    (tmp_path / "a" / "broken.png").write_text("not an image")
+    for options, left_out in (([], 0), (["--skip_broken_images"], 1)):
+        data_args, model_args, *_ = parse("--data_dir", tmp_path, *options)
+        splits = data_args.leave_out_broken(data_args.load())
+        assert sum(map(len, splits.values())) == 11 - left_out and data_args.left_out == left_out
+        name = describe_card(data_args, model_args, splits["test"])["dataset_name"]
+        assert ("(1 broken images left out)" in name) == bool(left_out)
+    with pytest.raises(SystemExit):
+        parse("--data_dir", tmp_path, "--streaming", "--skip_broken_images")

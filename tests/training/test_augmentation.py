@@ -602,6 +602,16 @@ def test_one_image_is_its_own_partner():
     torch.testing.assert_close(targets, torch.tensor([[0.0, 0.0, 1.0, 0.0]]))
 
 
+@pytest.mark.parametrize("alphas", [(0.3, 0.0), (0.0, 1.0), (0.3, 1.0)])
+def test_labels_that_are_numbers_are_mixed_as_the_images_are(alphas):
+    pixel_values, labels = torch.rand(12, 3, 8, 8), torch.arange(12) % 4
+    images, expected = mix_images(pixel_values, labels, 4, [0], *alphas)
+    same, found = mix_images(pixel_values, torch.eye(4)[labels], 4, [0], *alphas)
+    assert torch.equal(images, same) and torch.equal(found, expected)
+    _, values = mix_images(pixel_values, labels.float(), 1, [0], *alphas)
+    torch.testing.assert_close(values, expected @ torch.arange(4.0)[:, None])
+
+
 def test_mixing_needs_a_method():
     with pytest.raises(ValueError, match="`mixup_alpha` or `cutmix_alpha` must be above 0"):
         mix_images(*make_constant_images(3), 3, [0])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from sklearn.metrics import average_precision_score
 from support.cards import CARD, card_in, check_card
 from support.models import spread
 from support.training import (
@@ -619,10 +620,137 @@ def test_only_an_optimizer_of_its_own_freezes_unused_weights(make_trainer):
             make_trainer(model, trainer={name: kind}, freeze_unused_weights=True)
 
 
-@pytest.mark.parametrize("problem_type", ["regression", "multi_label_classification"])
-def test_only_single_label_classifiers_are_trained(make_trainer, problem_type):
-    with pytest.raises(ValueError, match=f"trains single-label classifiers, not {problem_type}"):
-        make_trainer(make_model(problem_type=problem_type))
+# Several labels, and regressions
+
+
+def several_labels(digit: int) -> list[float]:
+    return [float(digit % 2 == 0), float(digit > 4), float(digit in (2, 3, 5, 7))]
+
+
+PROBLEMS = {
+    "several labels": ({"problem_type": "multi_label_classification", "num_labels": 3}, several_labels),
+    "a regression": ({"problem_type": "regression", "num_labels": 2}, lambda digit: [digit / 9, float(digit > 4)]),
+    "a regression of one value": ({"num_labels": 1}, lambda digit: digit / 9),
+}
+LOSSES = {
+    "several labels": nn.functional.binary_cross_entropy_with_logits,
+    "a regression": nn.functional.mse_loss,
+    "a regression of one value": nn.functional.mse_loss,
+}
+
+
+def relabel(items, problem: str) -> list[dict]:
+    return [{**item, "labels": PROBLEMS[problem][1](int(item["labels"]))} for item in items]
+
+
+def targets_of(items) -> torch.Tensor:
+    return torch.tensor([item["labels"] for item in items]).reshape(len(items), -1)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("options", [{}, SANDWICH, {"mixup_alpha": 0.4, "cutmix_alpha": 0.4, "ema_decay": 0.5}])
+def test_several_labels_and_regressions_are_learnt(make_trainer, digits, problem, options):
+    data = {
+        f"{name}_dataset": relabel(digits[split], problem) for name, split in (("train", "train"), ("eval", "test"))
+    }
+    model = make_model(**PROBLEMS[problem][0], head_dim=16, subnetwork_heads=[2, 4])
+    sizes = {"per_device_train_batch_size": 42, "write_model_card": True}
+    trainer = make_trainer(model, trainer=data, max_steps=40, learning_rate=1e-2, **sizes, **options)
+    before, _, after = own(trainer.evaluate()), trainer.train(), own(trainer.evaluate())
+    score = {"several labels": "average_precision"}.get(problem, "mse")
+    assert {f"eval_{kind}_{score}" for kind in ("2_heads", "4_heads", "mean")} <= after.keys() == before.keys()
+    for kind in ("2_heads", "4_heads"):
+        first, last = before[f"eval_{kind}_{score}"], after[f"eval_{kind}_{score}"]
+        assert last > first + 0.1 if score == "average_precision" else last < first / 1.5, (kind, first, last)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_the_metrics_of_each_problem_are_those_of_the_extracted_subnetworks(make_trainer, digits, problem):
+    items = relabel(digits["test"], problem)
+    trainer = make_trainer(make_model(**PROBLEMS[problem][0]), trainer={"eval_dataset": items})
+    metrics, targets = trainer.evaluate(), targets_of(items).numpy()
+    with torch.no_grad():
+        for num_heads in (3, 4):
+            logits = logits_of(trainer.model.extract_subnetwork(num_heads), items, num_heads)
+            if problem == "several labels":
+                precision = average_precision_score(targets, logits.numpy())
+                assert metrics[f"eval_{num_heads}_heads_average_precision"] == pytest.approx(precision)
+                loss = LOSSES[problem](logits, torch.from_numpy(targets))
+                assert metrics[f"eval_{num_heads}_heads_loss"] == pytest.approx(loss.item(), rel=1e-5)
+            else:
+                error = logits.numpy() - targets
+                assert metrics[f"eval_{num_heads}_heads_mse"] == pytest.approx((error**2).mean(), rel=1e-5)
+                assert metrics[f"eval_{num_heads}_heads_mae"] == pytest.approx(abs(error).mean(), rel=1e-5)
+    prediction = trainer.predict(items)
+    assert prediction.predictions.shape == (60, targets.shape[1]) and "test_loss" in prediction.metrics
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("weight", [0.0, 0.4])
+def test_a_step_has_the_loss_of_the_problem_and_of_the_widest_as_a_teacher(make_trainer, digits, problem, weight):
+    items, compare = relabel(digits["train"], problem), LOSSES[problem]
+    model = make_model(**PROBLEMS[problem][0], subnetwork_heads=[2, 4])
+    with torch.no_grad():
+        wide, narrow = (logits_of(model, items, num_heads) for num_heads in (4, 2))
+    teacher = wide.sigmoid() if problem == "several labels" else wide
+    losses = [compare(logits, targets_of(items)) for logits in (wide, narrow)]
+    losses[1] = (1 - weight) * losses[1] + weight * compare(narrow, teacher)
+    options = ONE_STEP | {"subnetwork_sampling": "sandwich", "distillation_weight": weight}
+    trainer = make_trainer(model, trainer={"train_dataset": items}, **options)
+    trainer.train()
+    assert losses_of(trainer) == pytest.approx([sum(losses).item() / 2], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", [float, int, bool])
+def test_labels_of_any_kind_of_number_are_several_labels(make_trainer, digits, kind):
+    items = [
+        {**item, "labels": [kind(value) for value in item["labels"]]}
+        for item in relabel(digits["train"], "several labels")
+    ]
+    model = make_model(**PROBLEMS["several labels"][0])
+    trainer = make_trainer(model, trainer={"train_dataset": items, "eval_dataset": items}, max_steps=2, mixup_alpha=0.3)
+    trainer.train()
+    expected = make_trainer(
+        make_model(**PROBLEMS["several labels"][0]),
+        trainer={"train_dataset": relabel(digits["train"], "several labels")},
+        max_steps=2,
+        mixup_alpha=0.3,
+    )
+    expected.train()
+    assert_equal(weights_of(trainer.model), weights_of(expected.model))
+    assert trainer.evaluate()["eval_mean_average_precision"] > 0
+
+
+@pytest.mark.parametrize(
+    ("config", "label", "message"),
+    [
+        ({}, [0.0, 1.0] * 5, r"10 of numbers as its label, which does not fit problem_type='single_label_classif"),
+        ({}, 3.0, r"one of numbers as its label, which does not fit problem_type='single_label_classification'"),
+        ({}, [1, 0], "2 of integers as its label"),
+        (PROBLEMS["several labels"][0], 2, "one of integers as its label.*multi_label_classification' and 3 labels"),
+        (PROBLEMS["several labels"][0], [0.0, 1.0], "2 of numbers as its label"),
+        (PROBLEMS["a regression"][0], 0.5, "one of numbers as its label, which does not fit problem_type='regression'"),
+    ],
+)
+def test_labels_that_fit_no_problem_are_an_error_before_training(make_trainer, digits, config, label, message):
+    items = [{**item, "labels": label} for item in digits["train"]]
+    trainer = make_trainer(make_model(**config), trainer={"train_dataset": items, "callbacks": [record := Record()]})
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert not record.weights
+
+
+def test_options_that_a_problem_does_not_have_are_an_error(make_trainer):
+    regression, several = (make_model(**PROBLEMS[name][0]) for name in ("a regression", "several labels"))
+    for model, options, message in (
+        (regression, {"label_smoothing_factor": 0.1}, "smoothes the labels of classes"),
+        (several, {"batch_eval_metrics": True}, "`batch_eval_metrics` needs `compute_metrics`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(model, **options)
+
+
+# Data
 
 
 def test_data_that_cannot_be_trained_on_is_an_error_before_training(make_trainer, images):
