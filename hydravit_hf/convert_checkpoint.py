@@ -65,9 +65,27 @@ def read_original_checkpoint(
     entry = "state_dict_ema" if use_ema else "state_dict"
     if not isinstance(checkpoint.get(entry), dict):
         raise ValueError(f"'{path}' has no '{entry}'; its entries are {sorted(map(str, checkpoint))}.")
+    _check_weights(path, checkpoint[entry])
     weights = {name.removeprefix("module."): tensor for name, tensor in checkpoint[entry].items()}
     arguments = checkpoint.get("args")
     return weights, arguments if isinstance(arguments, argparse.Namespace) else argparse.Namespace()
+
+
+def _check_weights(path: str | Path, weights: dict):
+    """Raise a `ValueError` if weights are no plain tensors of real numbers, or more than the file holds of them."""
+    for name, tensor in weights.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"'{path}' holds a {type(tensor).__name__}, not a tensor, as '{name}'.")
+        if not isinstance(name, str):
+            raise ValueError(f"'{path}' holds a tensor with the name {name!r}, which is no text.")
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise ValueError(f"'{path}' holds '{name}' as a sparse, quantized or empty tensor, not as a plain one.")
+        if not tensor.is_floating_point():
+            raise ValueError(f"'{path}' holds '{name}' as {tensor.dtype}, not as floating-point numbers.")
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in weights.values()}
+    asked = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+    if asked > sum(storages.values()):  # by strides of 0, or by views of the same numbers
+        raise ValueError(f"'{path}' holds {sum(storages.values())} bytes of weights, and asks for {asked}.")
 
 
 def convert_original_checkpoint(path: str | Path, use_ema: bool = True, **config) -> HydraViTForImageClassification:
@@ -100,15 +118,26 @@ def _convert(path: str | Path, original: dict[str, torch.Tensor], config: dict) 
             raise ValueError(f"'{path}' holds '{name}', which a HydraViT does not have.")
         renamed = re.sub(*matches[0], name)
         if "qkv_proj" in renamed:
-            for projection, third in zip("qkv", tensor.chunk(3), strict=True):
+            for projection, third in zip("qkv", tensor.tensor_split(3), strict=True):
                 weights[renamed.replace("qkv_proj", f"{projection}_proj")] = third
         else:
             weights[renamed] = tensor
     try:
-        model = HydraViTForImageClassification(_infer_config(weights, config))
-        model.load_state_dict(weights)
-    except (KeyError, RuntimeError) as error:
-        raise ValueError(f"'{path}' does not hold all the weights of a HydraViT: {error}") from error
+        config = _infer_config(weights, config)
+    except (KeyError, ValueError, ZeroDivisionError) as error:
+        what = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"'{path}' does not hold all the weights of a HydraViT: {what}") from error
+    with torch.device("meta"):  # the shapes alone: a file may name many layers and hold few
+        expected = HydraViTForImageClassification(config).state_dict()
+    for name in expected | weights:
+        shapes = [tuple(tensors[name].shape) if name in tensors else "none" for tensors in (expected, weights)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"'{path}' does not hold all the weights of a HydraViT: '{name}' should have the shape {shapes[0]}, "
+                f"and has {shapes[1]}."
+            )
+    model = HydraViTForImageClassification(config)
+    model.load_state_dict(weights)
     return model.eval()
 
 
@@ -147,9 +176,7 @@ def convert_and_save(path: str | Path, folder: str | Path, use_ema: bool = True)
     original, trained_with = read_original_checkpoint(path, use_ema)
     model = _convert(path, original, {})
     statistics = {
-        f"image_{name}": tuple(getattr(trained_with, name))
-        for name in ("mean", "std")
-        if getattr(trained_with, name, None)
+        f"image_{name}": values for name in ("mean", "std") if (values := getattr(trained_with, name, None)) is not None
     }
     processor = make_image_processor(model.config, crop_fraction=CROP_FRACTION, **statistics)
     model.save_pretrained(folder)

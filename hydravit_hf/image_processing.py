@@ -1,5 +1,8 @@
 """Makes the image processor of a model."""
 
+import math
+from numbers import Real
+
 from transformers import AutoImageProcessor, ViTImageProcessorPil
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
@@ -28,7 +31,8 @@ def make_image_processor(
             at 0.9.
 
     Raises:
-        ValueError: `crop_fraction` is out of its range, or there is not one number for each channel.
+        ValueError: `crop_fraction` is out of its range, or there is not one number for each channel, above 0 for a
+            standard deviation.
 
     Example:
         >>> from PIL import Image
@@ -50,17 +54,30 @@ def make_image_processor(
         image_mean = IMAGENET_DEFAULT_MEAN if config.num_channels == 3 else half
     if image_std is None:
         image_std = IMAGENET_DEFAULT_STD if config.num_channels == 3 else half
-    for name, values in (("image_mean", image_mean), ("image_std", image_std)):
-        if len(values) != config.num_channels:
-            raise ValueError(f"`{name}` must have {config.num_channels} numbers, one for each channel, not {values}.")
+    image_mean, image_std = check_statistics(image_mean, image_std, config.num_channels)
     return ViTImageProcessorPil(
         size=size,
         resample=PILImageResampling.BICUBIC,
         do_convert_rgb=config.num_channels == 3,
-        image_mean=list(image_mean),
-        image_std=list(image_std),
+        image_mean=image_mean,
+        image_std=image_std,
         **crop,
     )
+
+
+def check_statistics(image_mean, image_std, num_channels: int) -> tuple[list[float], list[float]]:
+    """Give a mean and a standard deviation as lists, or raise a `ValueError` if one is no number for each channel."""
+    checked = []
+    for name, values, least in (("image_mean", image_mean, -math.inf), ("image_std", image_std, 0)):
+        values = values.tolist() if hasattr(values, "tolist") else values
+        if not isinstance(values, (list, tuple)) or len(values) != num_channels:
+            raise ValueError(f"`{name}` must have {num_channels} numbers, one for each channel, not {values!r}.")
+        for value in values:
+            if not isinstance(value, Real) or isinstance(value, bool) or not least < value < math.inf:
+                kind = "numbers above 0" if least == 0 else "numbers"
+                raise ValueError(f"`{name}` must have {kind}, one for each channel, not {value!r}.")
+        checked.append(list(values))
+    return tuple(checked)
 
 
 def load_image_processor(source: str, config: HydraViTConfig, crop_fraction: float = 1.0):
@@ -72,6 +89,8 @@ def load_image_processor(source: str, config: HydraViTConfig, crop_fraction: flo
     """
     if cached_file(source, IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False):
         processor = AutoImageProcessor.from_pretrained(source)
+        if processor.do_normalize:
+            check_statistics(processor.image_mean, processor.image_std, config.num_channels)
         size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
         if (size.get("height"), size.get("width")) == as_pair(config.image_size):
             return processor

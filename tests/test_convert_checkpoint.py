@@ -3,6 +3,7 @@
 import argparse
 import os
 import pickle
+import re
 import runpy
 import sys
 import zlib
@@ -16,7 +17,7 @@ from safetensors import safe_open
 from transformers import AutoImageProcessor
 
 from hydravit_hf import HydraViTForImageClassification
-from hydravit_hf.convert_checkpoint import convert_original_checkpoint, main
+from hydravit_hf.convert_checkpoint import convert_and_save, convert_original_checkpoint, main
 
 OFFICIAL = Path(__file__).with_name("official_logits.safetensors")  # logits of the original, for the weights below
 EMBED, DEPTH, PATCH, SIZE, LABELS = 256, 2, 16, 48, 1000
@@ -174,3 +175,58 @@ def test_the_command_never_writes_into_a_folder_that_is_not_empty(source, tmp_pa
     with pytest.raises(SystemExit, match="not an empty folder"):
         main([str(source), str(tmp_path)])
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+
+
+SMALL = torch.arange(16, dtype=torch.float32)
+HOSTILE = {
+    "a tensor of one number": ({"head.weight": torch.zeros(1).expand(10**7, EMBED)}, "bytes of weights, and asks for"),
+    "overlapping views": ({"head.weight": torch.zeros(2000).as_strided((LABELS, EMBED), (1, 1))}, "and asks for"),
+    "integers": ({"head.bias": torch.zeros(LABELS, dtype=torch.int64)}, "'head.bias' as torch.int64"),
+    "bytes": ({"head.bias": torch.zeros(LABELS, dtype=torch.uint8)}, "'head.bias' as torch.uint8"),
+    "complex numbers": ({"norm.bias": torch.zeros(EMBED, dtype=torch.complex64)}, "'norm.bias' as torch.complex64"),
+    "truth values": ({"norm.bias": torch.zeros(EMBED, dtype=torch.bool)}, "'norm.bias' as torch.bool"),
+    "a sparse tensor": ({"head.weight": torch.eye(LABELS, EMBED).to_sparse()}, "'head.weight' as a sparse"),
+    "an empty tensor": ({"head.weight": torch.zeros(LABELS, EMBED, device="meta")}, "'head.weight' as a sparse"),
+    "a list": ({"head.weight": [1, 2]}, "holds a list, not a tensor, as 'head.weight'"),
+    "nothing": ({"head.weight": None}, "holds a NoneType, not a tensor"),
+    "a number as a name": ({3: SMALL}, "the name 3, which is no text"),
+    "no rows": ({"blocks.0.attn.qkv.weight": torch.zeros(2, EMBED)}, "should have the shape"),
+    "a scalar": ({"head.weight": torch.tensor(1.0)}, "does not hold all the weights"),
+    "no pixels": ({"patch_embed.proj.weight": torch.zeros(EMBED, 3, 0, 0)}, "does not hold all the weights"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_weights_that_are_no_plain_real_numbers_are_refused_in_one_line(tmp_path, kind):
+    weights, message = HOSTILE[kind]
+    source = training_file(tmp_path / "hostile.pth.tar", state_dict_ema=original_weights() | weights)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        convert_and_save(source, tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_any_precision_are_converted(tmp_path, dtype):
+    weights = {name: weight.to(dtype) for name, weight in original_weights().items()}
+    model = convert_original_checkpoint(training_file(tmp_path / "file.pth.tar", state_dict_ema=weights))
+    assert torch.equal(model.classifier.bias, weights["head.bias"].to(model.dtype))
+
+
+@pytest.mark.parametrize(
+    ("mean", "message"),
+    [
+        ("imagenet", "`image_mean` must have 3 numbers, one for each channel, not 'imagenet'"),
+        (["0.5", "0.5", "0.5"], "`image_mean` must have numbers, one for each channel, not '0.5'"),
+        ([0.5, 0.5], "`image_mean` must have 3 numbers"),
+        ([0.5, float("nan"), 0.5], "must have numbers, one for each channel, not nan"),
+        ({"a": 1}, "`image_mean` must have 3 numbers"),
+        (0.5, "`image_mean` must have 3 numbers"),
+        ([True, False, True], "must have numbers, one for each channel, not True"),
+    ],
+)
+def test_means_that_are_no_numbers_are_refused_in_one_line(tmp_path, mean, message):
+    source = training_file(tmp_path / "file.pth.tar", args=argparse.Namespace(mean=mean, std=None))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        convert_and_save(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
