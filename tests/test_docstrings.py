@@ -12,7 +12,11 @@ import pytest
 import hydravit_hf
 
 MODULES = [module.name for module in pkgutil.walk_packages(hydravit_hf.__path__, "hydravit_hf.")]
-NEEDED = {"hydravit_hf.export": "onnxscript"}  # the examples of a module need this package
+NEEDED = {  # the examples of a module need this package
+    "hydravit_hf.export": "onnxscript",
+    "hydravit_hf.lora": "peft",
+    "hydravit_hf.model.lora_hydravit": "peft",
+}
 EXCEPTIONS = {  # public names without an example that runs, and why
     "HydraViTBackbone": "docs and README show it on a saved checkpoint",
     "HydraViTImageClassificationPipeline": "its docstring shows calls on files and addresses",
@@ -26,7 +30,7 @@ EXCEPTIONS = {  # public names without an example that runs, and why
 }
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of torch's exporters
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of torch's exporters and PEFT
 @pytest.mark.parametrize("name", MODULES)
 def test_the_examples_of_each_module_run(name, tmp_path, monkeypatch):
     if name in NEEDED and find_spec(NEEDED[name]) is None:

@@ -5,6 +5,7 @@ This file travels with each saved checkpoint as remote code.
 """
 
 import copy
+import json
 import re
 import sys
 from pathlib import Path
@@ -13,7 +14,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedConfig
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file, resolve_revision
+from transformers.utils import (
+    CONFIG_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+    find_adapter_config_file,
+    resolve_revision,
+)
 
 from .configuration_hydravit import HydraViTConfig
 from .files_hydravit import disk_errors, locked, move_checkpoint, staging, state_of
@@ -54,6 +61,8 @@ class NestedCheckpointMixin:
         - `image_size` (pixels, or (height, width)) interpolates the position embeddings once. The result is an ordinary
           model of that image size.
 
+        The folder of an adapter loads the model that the adapter belongs to, with the adapter on.
+
         Raises:
             ValueError: A width is out of range, or the weights belong to another architecture.
             OSError: The checkpoint does not exist, or a file is truncated or damaged. The message names it.
@@ -77,6 +86,11 @@ class NestedCheckpointMixin:
         where = {name: hub_kwargs[name] for name in ("cache_dir", "local_files_only", "token") if name in hub_kwargs}
         hub_kwargs["revision"] = resolve_revision(pretrained_model_name_or_path, hub_kwargs.get("revision"), **where)
         kwargs.pop("trust_remote_code", None)
+        path, adapter = _find_adapter(pretrained_model_name_or_path, kwargs.pop("adapter_kwargs", None), hub_kwargs)
+        if adapter:
+            kwargs["adapter_kwargs"] = adapter  # where weights are read whole, transformers adds the adapter
+        if path != pretrained_model_name_or_path:
+            return cls.from_pretrained(path, *model_args, config=config, **where, **kwargs)
         if not isinstance(config, PreTrainedConfig):
             source = pretrained_model_name_or_path if config is None else config
             dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
@@ -112,7 +126,37 @@ class NestedCheckpointMixin:
         loaded = super().from_pretrained(None, *model_args, config=config, state_dict=blocks, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple if the caller wants the loading info
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
+        if adapter:
+            source = {name: value for name, value in adapter.items() if name != "_adapter_model_path"}
+            name = kwargs.get("adapter_name")
+            model.load_adapter(adapter["_adapter_model_path"], name, adapter_kwargs=source)
         return loaded
+
+    def load_adapter(self, peft_model_id=None, adapter_name=None, peft_config=None, adapter_state_dict=None, **kwargs):
+        """Load an adapter, as in transformers. The adapter of a model with more heads is cut like the weights.
+
+        Raises:
+            ValueError: It is a DoRA adapter of a model with another number of heads, or of a method other than LoRA.
+        """
+        from .lora_hydravit import fit_adapter, read_adapter
+
+        if adapter_state_dict is None and peft_model_id is not None:
+            given = kwargs | (kwargs.get("adapter_kwargs") or {})
+            if kwargs.get("load_config") is not None:
+                given = kwargs["load_config"].download_kwargs | given
+            hub_kwargs = {name: given[name] for name in _HUB_KWARGS if given.get(name)}
+            adapter_state_dict = read_adapter(peft_model_id, **hub_kwargs)
+        if adapter_state_dict is not None:
+            adapter_state_dict = fit_adapter(adapter_state_dict, self)
+        return super().load_adapter(peft_model_id, adapter_name, peft_config, adapter_state_dict, **kwargs)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """As in torch. In this way PEFT loads an adapter, which is cut like the weights."""
+        if any(".lora_" in name for name in state_dict) and not any(name.endswith("cls_token") for name in state_dict):
+            from .lora_hydravit import fit_adapter
+
+            state_dict |= fit_adapter(state_dict, self, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def save_pretrained(
         self,
@@ -155,6 +199,9 @@ class NestedCheckpointMixin:
         with disk_errors(directory), staging(directory) as folder:
             if shard_by_heads is False:
                 super().save_pretrained(folder, push_to_hub=push_to_hub, **kwargs)
+                if self._hf_peft_config_loaded:  # an adapter alone, which needs no code
+                    for file in folder.glob("*.py"):
+                        file.unlink()
             else:  # transformers writes one file, with all that it gathers from elsewhere
                 super().save_pretrained(folder, **kwargs | {"max_shard_size": sys.maxsize})
                 tensors = load_file(folder / SAFE_WEIGHTS_NAME)
@@ -182,6 +229,25 @@ class NestedCheckpointMixin:
         """
         config = self.config.resized(self.config.check_num_heads(num_heads))
         return assemble(type(self), config, leading_blocks(own_parameters(self), config)).train(self.training)
+
+
+def _find_adapter(checkpoint, adapter_kwargs: dict | None, hub_kwargs: dict) -> tuple:
+    """Look for an adapter in a checkpoint.
+
+    Returns where its model is, and the `adapter_kwargs` that make transformers load it, empty if there is none. The
+    model is the checkpoint itself if a configuration lies beside the adapter. `AutoModel` has looked before: it passes
+    on the model, and these arguments.
+    """
+    if adapter_kwargs and "_adapter_model_path" in adapter_kwargs:
+        return checkpoint, adapter_kwargs
+    file = find_adapter_config_file(checkpoint, **hub_kwargs)
+    if file is None:
+        return checkpoint, {}
+    source = {name: hub_kwargs[name] for name in ("revision", "subfolder") if hub_kwargs.get(name)}
+    adapter_kwargs = {"_adapter_model_path": str(checkpoint), **source}
+    if cached_file(checkpoint, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs) is not None:
+        return checkpoint, adapter_kwargs
+    return json.loads(Path(file).read_text(encoding="utf-8"))["base_model_name_or_path"], adapter_kwargs
 
 
 def _saved_config(checkpoint, config: HydraViTConfig, hub_kwargs: dict) -> HydraViTConfig:

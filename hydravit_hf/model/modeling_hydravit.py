@@ -89,7 +89,7 @@ class PrefixConv2d(nn.Conv2d):
     """
 
     def forward(self, pixel_values: torch.Tensor, width: int) -> torch.Tensor:
-        weight, bias = self.weight[:width], self.bias[:width]
+        weight, bias = self.weight[:width], None if self.bias is None else self.bias[:width]
         return nn.functional.conv2d(pixel_values.to(weight.dtype), weight, bias, stride=self.stride)
 
 
@@ -113,12 +113,27 @@ class SeparateClassifiers(nn.Module):
         return nn.functional.linear(hidden_states, self.weight[index, :, :width], self.bias[index])
 
 
+class AdaptableModule(nn.Module):
+    """Holds `Prefix...` layers that an adapter may wrap.
+
+    PEFT replaces a layer of the model by one of its own around it, which knows nothing of widths. Here it learns of
+    them: so every way to add an adapter, or to load one, gives an adapter for every width.
+    """
+
+    def __setattr__(self, name: str, value):
+        if isinstance(value, nn.Module) and hasattr(value, "base_layer"):
+            from .lora_hydravit import adopt
+
+            adopt(value)
+        super().__setattr__(name, value)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The Vision Transformer
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class HydraViTPatchEmbeddings(nn.Module):
+class HydraViTPatchEmbeddings(AdaptableModule):
     """Turns images into patch embeddings of the given width: (B, C, H, W) -> (B, N - 1, D)."""
 
     def __init__(self, config: HydraViTConfig):
@@ -184,7 +199,7 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     return torch.matmul(weights, value).transpose(1, 2), weights
 
 
-class HydraViTAttention(nn.Module):
+class HydraViTAttention(AdaptableModule):
     """Runs as many heads as fit into the tensor: (B, N, D) -> (B, N, D) and the maps (B, k, N, N) or None.
 
     The leading channels are the leading heads, so a narrow tensor runs whole heads and needs no mask.
@@ -215,7 +230,7 @@ class HydraViTAttention(nn.Module):
         return self.o_proj(output.reshape(hidden_states.shape).contiguous()), weights
 
 
-class HydraViTMLP(nn.Module):
+class HydraViTMLP(AdaptableModule):
     """Applies two linear layers with `mlp_ratio` x D channels in between: (B, N, D) -> (B, N, D)."""
 
     def __init__(self, config: HydraViTConfig):
@@ -261,7 +276,7 @@ class HydraViTLayer(GradientCheckpointingLayer):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class HydraViTPreTrainedModel(NestedCheckpointMixin, ViTConversionMixin, PreTrainedModel):
+class HydraViTPreTrainedModel(NestedCheckpointMixin, ViTConversionMixin, AdaptableModule, PreTrainedModel):
     """Initialises weights and resolves the width. Its mixins load, save, extract and convert."""
 
     config_class = HydraViTConfig

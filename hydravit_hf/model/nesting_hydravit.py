@@ -144,7 +144,7 @@ def own_parameters(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     if added := sorted(parameters.keys() - names):
         raise ValueError(
             f"This model has parameters of an adapter, a pruning mask or the like, such as '{added[0]}': merge or "
-            "remove it first."
+            "remove it first (an adapter of a `PeftModel` with its `merge_and_unload()`)."
         )
     return parameters
 

@@ -146,6 +146,8 @@ class HydraViTTrainer(AveragingTrainer):
             raise ValueError("`label_smoothing_factor` smoothes the labels of classes, not the values of a regression.")
         if problem_type != SINGLE_LABEL and self._user_metrics is None and self.args.batch_eval_metrics:
             raise ValueError(f"`batch_eval_metrics` needs `compute_metrics` for the problem type {problem_type}.")
+        if self.args.freeze_unused_weights and any(".lora_" in name for name, _ in self.model.named_parameters()):
+            raise ValueError("`freeze_unused_weights` knows the weights of the model only: not with an adapter.")
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if sharded and (self.args.ema_decay or self.args.freeze_unused_weights):
             raise ValueError("`ema_decay` and `freeze_unused_weights` need whole weights: not with FSDP or DeepSpeed.")
