@@ -3,6 +3,7 @@
     python examples/finetune_trainer.py    # is a digit odd? A minute on a CPU, from what train_accelerate.py left
     python examples/finetune_trainer.py --model_name_or_path runs/imagenet --data_dir my_images --output_dir runs/mine
     python examples/finetune_trainer.py --from_vit facebook/deit-tiny-patch16-224 --data_dir my_images
+    python examples/finetune_trainer.py --lora 8 --learning_rate 1e-3    # trains an adapter, 1 % of the parameters
     python examples/finetune_trainer.py --resume_from_checkpoint latest    # goes on where a run was stopped
     torchrun --nproc_per_node 4 examples/finetune_trainer.py --dataset_name ethz/food101 --image_size 384 --bf16 ...
 
@@ -11,11 +12,12 @@ of them. All options of `TrainingArguments` work.
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from datasets import ClassLabel
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from hydravit_hf import ModelCardCallback, reshard_checkpoint
@@ -27,6 +29,7 @@ from hydravit_hf.training.arguments import (
     find_checkpoint,
     make_datasets,
     make_model,
+    option,
     parse_arguments,
     print_results,
 )
@@ -53,13 +56,30 @@ DEFAULTS = {
 }
 
 
+@dataclass
+class LoraArguments:
+    """What is trained."""
+
+    _argument_group_name = "adapter (default: all weights are trained)"
+
+    lora: int | None = option(None, "Train a LoRA adapter of this rank, and the classifier.")
+
+
+class MergeCallback(TrainerCallback):
+    """Saves the adapter and adds it to the weights when training ends, before the card measures what is saved."""
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        model.save_pretrained(f"{args.output_dir}/adapter", is_main_process=state.is_world_process_zero)
+        model.merge_adapter()
+
+
 def accuracy(prediction) -> dict[str, float]:
     return {"accuracy": (prediction.predictions.argmax(-1) == prediction.label_ids).mean()}
 
 
 def main():
-    classes = (DataArguments, ModelArguments, TrainingArguments, SaveArguments)
-    data_args, model_args, training_args, files = parse_arguments(__doc__, classes, **DEFAULTS)
+    classes = (DataArguments, ModelArguments, LoraArguments, TrainingArguments, SaveArguments)
+    data_args, model_args, lora_args, training_args, files = parse_arguments(__doc__, classes, **DEFAULTS)
     set_seed(training_args.seed)  # for the new classifier; the Trainer seeds the rest
     logging.disable_progress_bar()  # those of loading and saving
     if not (model_args.model_name_or_path or model_args.from_vit):
@@ -85,6 +105,12 @@ def main():
         start = model_args.model_name_or_path or model_args.from_vit
         sys.exit(f"There is no model to start from at '{start}'. {str(error).splitlines()[0]}")
     train_images, test_images = make_datasets(data, processor)
+    if lora_args.lora:  # needs the extra `lora`
+        from peft import get_peft_model
+
+        from hydravit_hf.lora import lora_config
+
+        model = get_peft_model(model, lora_config(lora_args.lora))
 
     # 3. Train. The evaluations on the way run all heads; the callback evaluates every width and writes the model card
     card = describe_card(data_args, model_args, test_images)
@@ -95,9 +121,11 @@ def main():
         eval_dataset=test_images,
         compute_metrics=accuracy,
         processing_class=processor,  # saved with the model
-        callbacks=[ModelCardCallback(test_images, **card)],
+        callbacks=[*([MergeCallback()] if lora_args.lora else []), ModelCardCallback(test_images, **card)],
     )
     trainer.train(resume_from_checkpoint=find_checkpoint(training_args))
+    if lora_args.lora:
+        trainer.model = trainer.model_wrapped = model.merge_and_unload()
     trainer.save_model()
     if files.shard_by_heads and trainer.is_world_process_zero():
         reshard_checkpoint(training_args.output_dir)

@@ -44,6 +44,12 @@ def held_out_digits(folder: Path):
     return load_digits()["test"].with_transform(to_pixel_values(processor))
 
 
+def odd_digits(folder: Path):
+    """The held-out digits under the labels that fine-tuning learns."""
+    test = load_digits()["test"].map(lambda label: {"label": label % 2}, input_columns="label")
+    return test.with_transform(to_pixel_values(AutoImageProcessor.from_pretrained(folder)))
+
+
 def assert_equal_weights(one: Path, other: Path):
     expected, found = (load_file(folder / "model.safetensors") for folder in (one, other))
     assert expected.keys() == found.keys()
@@ -304,8 +310,7 @@ def test_finetuning_leaves_other_labels_at_another_image_size_and_a_card(finetun
     processor = AutoImageProcessor.from_pretrained(folder)
     assert dict(processor.size) == {"height": 16, "width": 16}
     assert list(processor.image_mean) == [0.25] * 3
-    test = load_digits()["test"].map(lambda label: {"label": label % 2}, input_columns="label")
-    check_card(folder, model, test.with_transform(to_pixel_values(processor)), [3, 4])
+    check_card(folder, model, odd_digits(folder), [3, 4])
     for row in json.loads((folder / "results.json").read_text()):
         costs = f"{row['parameters'] / 1e6:.2f} M | {row['macs'] / 1e6:.1f} M |"
         assert re.search(rf"\| +{row['num_heads']} \| +{re.escape(costs)} .* \| +{row['accuracy']:.2%} \|", printed)
@@ -320,6 +325,23 @@ def test_finetuning_resumes_from_its_last_whole_checkpoint(finetuned, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     assert "checkpoint-3' was not saved whole" in result.stderr
     assert_equal_weights(whole, tmp_path)
+
+
+def test_finetuning_with_lora_leaves_an_adapter_and_a_model_that_has_it_in_its_weights(digits_model, tmp_path):
+    pytest.importorskip("peft")
+    options = [*FINETUNE, "--model_name_or_path", digits_model, "--lora", 2, "--learning_rate", 1e-2]
+    finish("finetune_trainer.py", *options, "--output_dir", tmp_path)
+    merged = HydraViTForImageClassification.from_pretrained(tmp_path)
+    labels = {"id2label": {0: "even", 1: "odd"}, "label2id": {"even": 0, "odd": 1}, "ignore_mismatched_sizes": True}
+    images = torch.stack([item["pixel_values"] for item in [*held_out_digits(tmp_path)][:8]])
+    for num_heads in (3, 4):
+        kwargs = {"num_attention_heads": num_heads, **labels}
+        adapted = HydraViTForImageClassification.from_pretrained(tmp_path / "adapter", **kwargs)
+        expected = merged(images, num_heads_active=num_heads).logits
+        torch.testing.assert_close(adapted(images).logits, expected, atol=1e-5, rtol=0)
+    check_card(tmp_path, merged, odd_digits(tmp_path), [3, 4])
+    adapter, whole = (tmp_path / name for name in ("adapter/adapter_model.safetensors", "model.safetensors"))
+    assert adapter.stat().st_size < whole.stat().st_size
 
 
 def test_finetuning_starts_from_a_stock_vit_and_takes_the_labels_from_a_folder_of_images(digits_model, tmp_path):

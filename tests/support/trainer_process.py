@@ -15,10 +15,23 @@ from hydravit_hf.data import load_digits, to_pixel_values
 from hydravit_hf.training.augmentation import TrainingAugmentation, TrainingImages
 
 
-def train(output_dir: str, augment: bool = False, resume: bool = False, model: dict | None = None, **arguments):
+def train(
+    output_dir: str,
+    augment: bool = False,
+    resume: bool = False,
+    model: dict | None = None,
+    lora: bool = False,
+    **arguments,
+):
     """Train on the digits, save the model, and write what was measured to `figures.json`. Returns the trainer."""
     model = make_model(**{"subnetwork_heads": [1, 2, 4]} | (model or {}))
     data, processor = load_digits(), make_image_processor(model.config)
+    if lora:
+        from peft import get_peft_model
+
+        from hydravit_hf.lora import lora_config
+
+        model = get_peft_model(model, lora_config(r=2))
     test = data["test"].with_transform(to_pixel_values(processor))
     if augment:
         train = TrainingImages(data["train"], TrainingAugmentation(processor))

@@ -113,6 +113,18 @@ def test_two_processes_train_as_one_with_the_double_batch(two, tmp_path, name):
         assert found["metrics"][name] == pytest.approx(expected["metrics"][name], abs=2 / 360)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+def test_two_processes_train_an_adapter_as_one_with_the_double_batch(tmp_path):
+    pytest.importorskip("peft")
+    run = {"lora": True, **SANDWICH}
+    finish(start_training({"output_dir": str(tmp_path / "two"), "per_device_train_batch_size": 8, **run}, processes=2))
+    trainer_process.train(str(tmp_path / "one"), per_device_train_batch_size=16, **run)
+    found, expected = figures_of(tmp_path / "two"), figures_of(tmp_path / "one")
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4)
+    adapters = [load_file(tmp_path / run / "adapter_model.safetensors") for run in ("two", "one")]
+    assert_close(*adapters, atol=1e-4, rtol=0)
+
+
 @pytest.fixture(scope="module")
 def held_out() -> list[dict]:
     transform = to_pixel_values(make_image_processor(make_config()))
