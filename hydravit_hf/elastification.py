@@ -176,9 +176,10 @@ def measure(
 
     def add_scores(scores, linear, inputs):
         (activations,) = inputs
+        values = activations.detach().float()  # a hook that held `activations` would keep the graph of each pass alive
 
         def add(gradients):
-            changes = (activations.detach().float() * gradients.float()).sum(1)  # (B, D) or (B, M)
+            changes = (values * gradients.float()).sum(1)  # (B, D) or (B, M)
             changes = changes.unflatten(1, (len(scores), -1)).sum(2).abs()
             scores.add_(changes.sum(0).double().cpu())
 
