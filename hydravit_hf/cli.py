@@ -400,7 +400,7 @@ def elastify(
 
     from .data import load_image_files, to_pixel_values, undecoded
     from .elastification import elastify
-    from .folders import check_new_or_empty
+    from .folders import check_new_or_empty, short_name
     from .image_processing import load_image_processor
     from .model.configuration_hydravit import HydraViTConfig
     from .model.sources_hydravit import read_source
@@ -427,8 +427,8 @@ def elastify(
         or not set(test.features["label"].names) <= model.config.label2id.keys()
     ):
         return print("The images do not have the classes of the ViT: no width was evaluated, and there is no card.")
-    recipe = f"`hydravit elastify` measured {min(max_images, len(measured))} images of {_short(images)}."
-    _evaluate_elastified(model, source, processor, test, folder, _short(vit), _short(images), recipe)
+    recipe = f"`hydravit elastify` measured {min(max_images, len(measured))} images of {short_name(images)}."
+    _evaluate_elastified(model, source, processor, test, folder, short_name(vit), short_name(images), recipe)
 
 
 def _evaluate_elastified(model, source, processor, test, folder: Path, vit: str, images: str, recipe: str):
@@ -626,11 +626,6 @@ def _print_fitted(fitted: dict):
         print(f"{num_heads} heads: answers {share:.1%}, temperature {temperature:.3f}{goes_on}")
     cost = f"{fitted['macs'] / 1e9:.4g} GMACs" + (f", {fitted['latency_ms']:.4g} ms" if "latency_ms" in fitted else "")
     print(f"Accuracy {fitted['accuracy']:.2%} at {cost} per image; the widest alone {fitted['widest_accuracy']:.2%}")
-
-
-def _short(source: str) -> str:
-    """The Hub id, or the name of a local folder without those above it."""
-    return Path(source).resolve().name if Path(source).exists() else source
 
 
 def _print_report(report: dict):

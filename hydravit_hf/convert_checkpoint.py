@@ -6,7 +6,6 @@ The original saves timm's training files: `{epoch, arch, state_dict, optimizer, 
 """
 
 import argparse
-import math
 import pickle
 import re
 import sys
@@ -18,23 +17,10 @@ from .folders import check_new_or_empty
 from .image_processing import make_image_processor
 from .model.configuration_hydravit import HydraViTConfig
 from .model.modeling_hydravit import HydraViTForImageClassification
+from .model.sources_hydravit import TIMM_KEYS, arguments_by_shapes, find_name, split_projections
 
 HEAD_DIM = 64  # every original model has it
 CROP_FRACTION = 0.9  # the original evaluates with it
-
-# Original name -> name here. The original stacks the query, key and value projections in one matrix, `qkv`.
-KEYS = {
-    r"cls_token": r"hydravit.embeddings.cls_token",
-    r"pos_embed": r"hydravit.embeddings.position_embeddings",
-    r"patch_embed\.proj\.(weight|bias)": r"hydravit.embeddings.patch_embeddings.projection.\1",
-    r"blocks\.(\d+)\.norm1\.(weight|bias)": r"hydravit.layers.\1.layernorm_before.\2",
-    r"blocks\.(\d+)\.norm2\.(weight|bias)": r"hydravit.layers.\1.layernorm_after.\2",
-    r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)": r"hydravit.layers.\1.attention.qkv_proj.\2",
-    r"blocks\.(\d+)\.attn\.proj\.(weight|bias)": r"hydravit.layers.\1.attention.o_proj.\2",
-    r"blocks\.(\d+)\.mlp\.(fc1|fc2)\.(weight|bias)": r"hydravit.layers.\1.mlp.\2.\3",
-    r"norm\.(weight|bias)": r"hydravit.layernorm.\1",
-    r"head\.(weight|bias)": r"classifier.\1",
-}
 
 
 def read_original_checkpoint(
@@ -113,17 +99,13 @@ def _convert(path: str | Path, original: dict[str, torch.Tensor], config: dict) 
     """Make the model from weights with their original names. Messages name `path`."""
     weights = {}
     for name, tensor in original.items():
-        matches = [(pattern, new) for pattern, new in KEYS.items() if re.fullmatch(pattern, name)]
-        if not matches:
+        renamed = find_name(name, TIMM_KEYS)
+        if renamed is None:
             raise ValueError(f"'{path}' holds '{name}', which a HydraViT does not have.")
-        renamed = re.sub(*matches[0], name)
-        if "qkv_proj" in renamed:
-            for projection, third in zip("qkv", tensor.tensor_split(3), strict=True):
-                weights[renamed.replace("qkv_proj", f"{projection}_proj")] = third
-        else:
-            weights[renamed] = tensor
+        weights[renamed] = tensor
+    weights = split_projections(weights)
     try:
-        config = _infer_config(weights, config)
+        config = HydraViTConfig(**arguments_by_shapes(weights, HEAD_DIM) | config)
     except (KeyError, ValueError, ZeroDivisionError) as error:
         what = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"'{path}' does not hold all the weights of a HydraViT: {what}") from error
@@ -139,24 +121,6 @@ def _convert(path: str | Path, original: dict[str, torch.Tensor], config: dict) 
     model = HydraViTForImageClassification(config)
     model.load_state_dict(weights)
     return model.eval()
-
-
-def _infer_config(weights: dict[str, torch.Tensor], config: dict) -> HydraViTConfig:
-    """Infer the configuration from the shapes of the weights."""
-    labels, width = weights["classifier.weight"].shape
-    _, channels, patch_size, _ = weights["hydravit.embeddings.patch_embeddings.projection.weight"].shape
-    num_patches = weights["hydravit.embeddings.position_embeddings"].shape[1] - 1
-    return HydraViTConfig(
-        num_attention_heads=width // HEAD_DIM,
-        head_dim=HEAD_DIM,
-        num_hidden_layers=len([name for name in weights if name.endswith("layernorm_before.weight")]),
-        mlp_ratio=weights["hydravit.layers.0.mlp.fc1.weight"].shape[0] // width,
-        image_size=math.isqrt(num_patches) * patch_size,
-        patch_size=patch_size,
-        num_channels=channels,
-        qkv_bias="hydravit.layers.0.attention.q_proj.bias" in weights,
-        **{"num_labels": labels} | config,
-    )
 
 
 def convert_and_save(path: str | Path, folder: str | Path, use_ema: bool = True) -> HydraViTForImageClassification:

@@ -41,13 +41,13 @@ def elastify(
 ) -> HydraViTForImageClassification:
     """Make a published ViT elastic: order its directions, heads and neurons by what they contribute.
 
-    At the width of the ViT, the result gives the ViT's own logits. Its narrower widths are the best start for training
-    them (see docs/elastify.md), and the wider ones of a ViT often work without. The order needs no labels. The same
-    images give the same result. An encoder without classifier gets a new one; its features are rotated.
+    At the width of the ViT, the result gives the ViT's own logits. Its narrower widths are a better start for training
+    than those of `from_vit` (docs/elastify.md has figures). The order needs no labels. The same images give the same
+    result. An encoder without classifier gets a new one, and its features are rotated.
 
     Args:
         vit: A ViT, DeiT, ViTMAE, ViTMSN or DINOv2 of transformers, or a `vit_*` or `deit_*` of timm: the model, its
-            path or its Hub id. Of timm, a state dict will do. It stays as it is.
+            path or its Hub id. A state dict is enough for timm. The model stays as it is.
         images: Images to find the order on, such as those of the training: a dataset of items with `pixel_values`,
             (C, H, W), or a `DataLoader` of batches of them.
         num_attention_heads: Number of heads that the new model holds. None means those of the ViT. If it is more, the
@@ -76,9 +76,9 @@ def elastify(
         True
     """
     source = read_source(vit, config_kwargs.pop("head_dim", None))
-    image_size = {name: config_kwargs.pop(name) for name in ("image_size",) if name in config_kwargs}
+    image_size = config_kwargs.pop("image_size", source.arguments["image_size"])
     model = HydraViTForImageClassification.from_vit(
-        _with_biases(source), source.arguments["num_attention_heads"], **image_size
+        _with_biases(source), source.arguments["num_attention_heads"], image_size=image_size
     )
     model.to(device or model.device)
     was_training, has_classifier = source.training, "classifier.weight" in source.tensors
@@ -131,14 +131,14 @@ def fold_norms(model: HydraViTForImageClassification):
 
 @dataclass
 class Statistics:
-    """What the order is found by.
+    """The measurements that decide the order.
 
-    - `importance`: (D, D), symmetric. For a projection P of the normalised stream x, trace(P @ importance) tells how
-      well the layers W read the projected stream: it is the mean of <W x, W P x> over the tokens, as a share of that of
-      <W x, W x>, summed over the norms.
-    - `heads`, `neurons`: (L, H) and (L, M), the scores: the sum over the images of |sum over the tokens of activation
-      x gradient|, for a random projection of the class token. It estimates to first order how the class token changes
-      without the part. Neither labels nor a classifier are needed.
+    - `importance`: (D, D), symmetric. trace(P @ importance) tells how well the layers W read a projection P of the
+      normalised stream x. For each norm, it is the mean of <W x, W P x> over the tokens, divided by the mean of
+      <W x, W x>. The norms are summed.
+    - `heads`, `neurons`: the scores, (L, H) and (L, M). A score is the sum over the images of |sum over the tokens of
+      activation x gradient|, where the gradient is that of a random projection of the class token. It estimates to
+      first order how much the class token changes without the head or neuron.
     """
 
     importance: torch.Tensor
@@ -153,13 +153,14 @@ def measure(
     has_classifier: bool = True,
     disable_tqdm: bool = False,
 ) -> Statistics:
-    """Run images through a model with plain norms. It keeps sums only, in float64.
+    """Run images through a model with plain norms, and keep only sums, in float64.
 
     Args:
         model: The model.
         loader: Batches with `pixel_values`, (B, C, H, W).
         max_images: Number of images to take.
-        has_classifier: Whether the classifier tells what is read of the last norm. Else all of it counts alike.
+        has_classifier: Whether the classifier tells which directions of the last norm are read. Otherwise all of them
+            count alike.
         disable_tqdm: Whether to hide the progress bar.
     """
     encoder, config = model.hydravit, model.config

@@ -8,9 +8,17 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import default_data_collator
 
+from .model.configuration_hydravit import HydraViTConfig
 from .model.modeling_hydravit import HydraViTForImageClassification
 
 SCORES = ("accuracy", "top5_accuracy", "loss")
+SINGLE_LABEL = "single_label_classification"
+
+
+def problem_type_of(config: HydraViTConfig) -> str:
+    """The `problem_type` of a configuration. None means a regression for one label, as in transformers, and a
+    single-label classification for several."""
+    return config.problem_type or ("regression" if config.num_labels == 1 else SINGLE_LABEL)
 
 
 def score(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -73,7 +81,7 @@ def evaluate_subnetworks(
     """
     from .metrics import SubnetworkMetric  # needs the package `evaluate`
 
-    if model.config.problem_type not in (None, "single_label_classification"):
+    if model.config.problem_type not in (None, SINGLE_LABEL):
         raise ValueError(
             f"This function evaluates single-label classifiers, not problem_type='{model.config.problem_type}': "
             "`HydraViTTrainer.evaluate` does."

@@ -1,4 +1,4 @@
-"""Checks folders before a command writes to them."""
+"""Checks and names folders."""
 
 from pathlib import Path
 
@@ -12,3 +12,8 @@ def check_new_or_empty(folder: Path):
     """Raise a `ValueError` if a folder exists and is not empty."""
     if not is_new_or_empty(folder):
         raise ValueError(f"'{folder}' exists and is not an empty folder.")
+
+
+def short_name(source: str) -> str:
+    """The Hub id of a model or data set, or the name of a local folder without those above it."""
+    return Path(source).resolve().name if Path(source).exists() else source

@@ -1,10 +1,12 @@
 """An elastified ViT has the ViT's function at full width, and what matters in its leading block."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
-from model.test_sources import CLASSIFIERS, ENCODERS, SHAPES, SIZES, make, make_images, to_timm
+from support.vits import CLASSIFIERS, ENCODERS, SHAPES, SIZES, make, make_images, to_timm
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForImageClassification,
@@ -174,6 +176,20 @@ def test_the_order_is_the_same_in_each_call_and_for_each_batch_size(vit, images)
     again = elastify(vit, DataLoader(items_of(images)), disable_tqdm=True).state_dict()
     for name, parameter in once.items():
         torch.testing.assert_close(again[name], parameter, atol=1e-4, rtol=0)
+
+
+def test_a_pass_leaves_nothing_in_memory_but_its_sums(vit, images):
+    model, activations = HydraViTForImageClassification.from_vit(vit, num_attention_heads=2), []
+    for layer in model.hydravit.layers:
+        for linear in (layer.attention.o_proj, layer.mlp.fc2):
+            linear.register_forward_pre_hook(lambda linear, inputs: activations.append(weakref.ref(inputs[0])))
+    gc.disable()  # a cycle of references would stay until a collection
+    try:
+        measure(model, DataLoader(items_of(images), batch_size=5), 20, disable_tqdm=True)
+        assert len(activations) == 16
+        assert all(activation() is None for activation in activations)
+    finally:
+        gc.enable()
 
 
 def test_no_more_images_than_asked_are_read(vit, images):

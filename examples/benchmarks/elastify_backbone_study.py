@@ -16,15 +16,13 @@ import re
 from pathlib import Path
 
 import torch
-from elastify_study import accuracies, load
+from elastify_study import accuracies, load, optimise, reorder
 from timing import RESULTS, append_rows, read_rows
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Dinov2Config, Dinov2Model, ViTForImageClassification
 
 from hydravit_hf import HydraViTForImageClassification
-from hydravit_hf.elastification import find_rotation, fold_norms, measure, order, rotate
-from hydravit_hf.training.optimizer import parameter_groups
 from hydravit_hf.training.steps import sample_subnetworks
 from hydravit_hf.training.teacher import Teacher
 
@@ -32,6 +30,7 @@ HEADS, SIZE = [2, 3, 4, 5, 6], 56
 TRAINING_IMAGES, ORDERING_IMAGES = 6_000, 512
 STEPS, BATCH, LEARNING_RATE = 400, 32, 5e-5
 ARMS = ("leading slices", "permuted", "elastify")
+KINDS = {"permuted": "permuted", "elastify": "rotated"}  # of `elastify_study.reorder`
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
 
 
@@ -89,16 +88,9 @@ def arrange(vit, arm: str, images: torch.Tensor, has_classifier: bool = True) ->
     model = HydraViTForImageClassification.from_vit(
         vit, 6, image_size=SIZE, num_labels=10, subnetwork_heads=HEADS
     ).eval()
-    if arm == "leading slices":
-        return model
-    fold_norms(model)
-    items = [{"pixel_values": image} for image in enlarge(images[:ORDERING_IMAGES])]
-    statistics = measure(model, DataLoader(items, batch_size=32), ORDERING_IMAGES, has_classifier, disable_tqdm=True)
-    if arm == "elastify":
-        rotate(model, find_rotation(statistics.importance))
-    else:
-        rotate(model, torch.eye(384).double()[statistics.importance.diagonal().argsort(descending=True)])
-    order(model, statistics.heads.argsort(descending=True), statistics.neurons.argsort(descending=True))
+    if arm != "leading slices":
+        items = [{"pixel_values": image} for image in enlarge(images[:ORDERING_IMAGES])]
+        reorder(model, KINDS[arm], DataLoader(items, batch_size=32), ORDERING_IMAGES, has_classifier)
     return model
 
 
@@ -133,25 +125,15 @@ def probe(model: HydraViTForImageClassification, data: dict) -> dict[str, list[f
 def train(model, data: dict, seed: int, teacher: Teacher | None = None):
     """Train for 400 steps of 32 images: all heads without a teacher, one drawn width a step with one."""
     images, labels = data["train"]
-    optimizer = torch.optim.AdamW(parameter_groups(model.train(), 0.05), lr=LEARNING_RATE, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE, total_steps=STEPS + 1, pct_start=0.1, cycle_momentum=False
-    )
-    generator = torch.Generator().manual_seed(seed)
-    for step in range(STEPS):
-        batch = torch.randint(len(images), (BATCH,), generator=generator)
+
+    def loss_of(step: int, batch: torch.Tensor) -> torch.Tensor:
         pixels = enlarge(images[batch])
         num_heads = 6 if teacher is None else sample_subnetworks(model.config, seed, step, "uniform")[0]
         outputs = model(pixels, num_heads_active=num_heads)
         loss = nn.functional.cross_entropy(outputs.logits, labels[batch])
-        if teacher is not None:
-            loss = teacher(pixels).add_to(loss, outputs.logits, None)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-    return model.eval()
+        return loss if teacher is None else teacher(pixels).add_to(loss, outputs.logits, None)
+
+    return optimise(model, loss_of, len(images), STEPS, BATCH, seed, LEARNING_RATE)
 
 
 def measure_all(args: argparse.Namespace):

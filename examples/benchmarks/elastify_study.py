@@ -27,7 +27,7 @@ from hydravit_hf.elastification import find_rotation, fold_norms, measure, order
 from hydravit_hf.model.modeling_hydravit import HydraViTAttention, HydraViTMLP
 from hydravit_hf.training.optimizer import parameter_groups
 from hydravit_hf.training.steps import sample_subnetworks
-from hydravit_hf.training.teacher import Lesson
+from hydravit_hf.training.teacher import Teacher
 
 PLOT = Path(__file__).parents[2] / "docs" / "elastify_study.png"
 HEADS, SHOWN = list(range(3, 13)), (3, 4, 6, 8, 10, 12)
@@ -188,19 +188,25 @@ def start(vit: ViTForImageClassification, kind: str, images: torch.Tensor, seed:
         return model
     if kind == "new":
         return HydraViTForImageClassification(model.config)
-    fold_norms(model)
     loader = DataLoader([{"pixel_values": image} for image in images[:ORDERING_IMAGES]], batch_size=64)
-    statistics = measure(model, loader, ORDERING_IMAGES, disable_tqdm=True)
+    reorder(model, kind, loader, ORDERING_IMAGES)
+    if kind == "dynabert":
+        rewired, model = model, DynaBERT(model.config)
+        model.load_state_dict(rewired.state_dict())
+    return model
+
+
+def reorder(model: HydraViTForImageClassification, kind: str, loader, count: int, has_classifier: bool = True):
+    """Put the parts of a model in order as `elastify` does ("rotated"), with the channels of the stream permuted in
+    place of the rotation ("permuted"), or with its stream as it is ("dynabert")."""
+    fold_norms(model)
+    statistics = measure(model, loader, count, has_classifier, disable_tqdm=True)
     if kind == "rotated":
         rotate(model, find_rotation(statistics.importance))
     elif kind == "permuted":  # a rotation as well: channels in the order of their importance
         channels = statistics.importance.diagonal().argsort(descending=True)
         rotate(model, torch.eye(len(channels)).double()[channels])
     order(model, statistics.heads.argsort(descending=True), statistics.neurons.argsort(descending=True))
-    if kind == "dynabert":
-        rewired, model = model, DynaBERT(model.config)
-        model.load_state_dict(rewired.state_dict())
-    return model
 
 
 def train(
@@ -209,34 +215,32 @@ def train(
     """Start the model of an arm and train it for some steps."""
     options = dict(ARMS[arm])
     images, labels = data["train"]
-    model = start(vit, options.pop("start"), images, seed).train()
+    model = start(vit, options.pop("start"), images, seed)
     teacher = None
     if options:
-        full = HydraViTForImageClassification.from_vit(vit, 12).eval()
-        teacher = lambda pixel_values: full(pixel_values, output_hidden_states=True)  # noqa: E731
-    optimizer = torch.optim.AdamW(parameter_groups(model, WEIGHT_DECAY), lr=learning_rate, fused=True)
+        full, config = HydraViTForImageClassification.from_vit(vit, 12), model.config
+        teacher = Teacher(full, config, options["teacher_weight"], options.get("hidden_state_weight", 0.0))
+
+    def loss_of(step: int, batch: torch.Tensor) -> torch.Tensor:
+        (num_heads,) = sample_subnetworks(model.config, seed, step, "uniform")
+        with_states = "hidden_state_weight" in options
+        outputs = model(images[batch], num_heads_active=num_heads, output_hidden_states=with_states)
+        loss = nn.functional.cross_entropy(outputs.logits, labels[batch])
+        return loss if teacher is None else teacher(images[batch]).add_to(loss, outputs.logits, outputs.hidden_states)
+
+    return optimise(model, loss_of, len(images), steps, BATCH, seed, learning_rate)
+
+
+def optimise(model, loss_of, num_images: int, steps: int, batch_size: int, seed: int, learning_rate: float):
+    """Train a model in place by AdamW, with warm-up and a cosine. `loss_of` computes the loss of a step, by its number
+    and the indices of its images."""
+    optimizer = torch.optim.AdamW(parameter_groups(model.train(), WEIGHT_DECAY), lr=learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, learning_rate, total_steps=max(steps, 1) + 1, pct_start=0.1, cycle_momentum=False
     )
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
-        batch = torch.randint(len(images), (BATCH,), generator=generator)
-        (num_heads,) = sample_subnetworks(model.config, seed, step, "uniform")
-        outputs = model(
-            images[batch], num_heads_active=num_heads, output_hidden_states="hidden_state_weight" in options
-        )
-        loss = nn.functional.cross_entropy(outputs.logits, labels[batch])
-        if teacher is not None:
-            with torch.no_grad():
-                taught = teacher(images[batch])
-            lesson = Lesson(
-                taught.logits,
-                taught.hidden_states,
-                options["teacher_weight"],
-                options.get("hidden_state_weight", 0.0),
-            )
-            loss = lesson.add_to(loss, outputs.logits, outputs.hidden_states)
-        loss.backward()
+        loss_of(step, torch.randint(num_images, (batch_size,), generator=generator)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -2,7 +2,7 @@
 """Reads the plain Vision Transformers of transformers and timm as the arguments and parameters of a HydraViT.
 
 A plain ViT has a class token, learned positions, a layer norm before each attention and MLP, and one more at the end.
-`KEYS` says what each library calls its parameters. This file travels with each saved checkpoint as remote code.
+Tables say what each library calls its parameters. This file travels with each saved checkpoint as remote code.
 """
 
 import math
@@ -40,25 +40,23 @@ SHARED_ARGUMENTS = (
 )
 SUPPORTED = ("vit", "deit", "vit_mae", "vit_msn", "dinov2")  # `model_type`s of transformers
 PREFIXES = r"(?:(?:module|timm_model|vit|deit|dinov2)\.)*"  # what wraps the parameters of an encoder
-# Original name -> name here. "qkv_proj" is the stack of three projections. "scale" multiplies the output of a layer.
-KEYS = {
-    # transformers: ViT, DeiT, ViTMAE and ViTMSN
+# Original name -> name here, without "hydravit.". "qkv_proj" is the stack of three projections.
+TRANSFORMERS_KEYS = {
+    # ViT, DeiT, ViTMAE and ViTMSN
     r"embeddings\.(cls_token|position_embeddings|distillation_token)": r"embeddings.\1",
     r"embeddings\.patch_embeddings\.projection\.(weight|bias)": r"embeddings.patch_embeddings.projection.\1",
     r"layers\.(\d+)\.attention\.([qkvo]_proj)\.(weight|bias)": r"layers.\1.attention.\2.\3",
     r"layers\.(\d+)\.(layernorm_before|layernorm_after|mlp\.fc1|mlp\.fc2)\.(weight|bias)": r"layers.\1.\2.\3",
     r"layernorm\.(weight|bias)": r"layernorm.\1",
     r"(?:cls_)?classifier\.(weight|bias)": r"classifier.\1",
-    # transformers: DINOv2
+    # DINOv2
     r"encoder\.layer\.(\d+)\.norm1\.(weight|bias)": r"layers.\1.layernorm_before.\2",
     r"encoder\.layer\.(\d+)\.norm2\.(weight|bias)": r"layers.\1.layernorm_after.\2",
     r"encoder\.layer\.(\d+)\.attention\.([qkvo]_proj)\.(weight|bias)": r"layers.\1.attention.\2.\3",
     r"encoder\.layer\.(\d+)\.mlp\.(fc1|fc2)\.(weight|bias)": r"layers.\1.mlp.\2.\3",
-    r"encoder\.layer\.(\d+)\.layer_scale1\.lambda1": r"layers.\1.attention.o_proj.scale",
-    r"encoder\.layer\.(\d+)\.layer_scale2\.lambda1": r"layers.\1.mlp.fc2.scale",
-    # timm: VisionTransformer
+}
+TIMM_KEYS = {
     r"cls_token": r"embeddings.cls_token",
-    r"dist_token": r"embeddings.distillation_token",
     r"pos_embed": r"embeddings.position_embeddings",
     r"patch_embed\.proj\.(weight|bias)": r"embeddings.patch_embeddings.projection.\1",
     r"blocks\.(\d+)\.norm1\.(weight|bias)": r"layers.\1.layernorm_before.\2",
@@ -66,11 +64,16 @@ KEYS = {
     r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)": r"layers.\1.attention.qkv_proj.\2",
     r"blocks\.(\d+)\.attn\.proj\.(weight|bias)": r"layers.\1.attention.o_proj.\2",
     r"blocks\.(\d+)\.mlp\.(fc1|fc2)\.(weight|bias)": r"layers.\1.mlp.\2.\3",
-    r"blocks\.(\d+)\.ls1\.gamma": r"layers.\1.attention.o_proj.scale",
-    r"blocks\.(\d+)\.ls2\.gamma": r"layers.\1.mlp.fc2.scale",
     r"norm\.(weight|bias)": r"layernorm.\1",
     r"head\.(weight|bias)": r"classifier.\1",
 }
+# What a HydraViT has no place for: LayerScale multiplies the output of a layer, and is folded into it
+FOLDED_KEYS = {
+    r"dist_token": r"embeddings.distillation_token",
+    r"(?:encoder\.layer|blocks)\.(\d+)\.(?:layer_scale1\.lambda1|ls1\.gamma)": r"layers.\1.attention.o_proj.scale",
+    r"(?:encoder\.layer|blocks)\.(\d+)\.(?:layer_scale2\.lambda1|ls2\.gamma)": r"layers.\1.mlp.fc2.scale",
+}
+KEYS = TRANSFORMERS_KEYS | TIMM_KEYS | FOLDED_KEYS
 # Parameters that no classifier of images needs
 LEFT_BEHIND = r"(embeddings\.)?mask_token|pooler\..*|decoder\..*|distillation_classifier\..*|head_dist\..*"
 # Part of a model type or of the name of a parameter -> why the model is no plain ViT
@@ -122,13 +125,13 @@ def read_source(vit, head_dim: int | None = None) -> Source:
     if isinstance(vit, PreTrainedModel) and vit.config.model_type == "timm_wrapper":
         vit = vit.timm_model
     if isinstance(vit, PreTrainedModel):
-        _check_model_type(vit.config)
+        _check_model_type(vit.config.model_type)
         return _plain(Source(_arguments_of(vit.config), rename(vit.state_dict()), vit.training))
     if isinstance(vit, nn.Module) and type(vit).__module__.startswith("timm."):
         return _plain(_read_timm_model(vit))
     if isinstance(vit, Mapping):
         tensors = rename(vit)
-        return _plain(Source(_arguments_by_shapes(tensors, head_dim or TIMM_HEAD_DIM), tensors))
+        return _plain(Source(arguments_by_shapes(tensors, head_dim or TIMM_HEAD_DIM), tensors))
     raise TypeError(
         f"`vit` must be a ViT of transformers or timm, its state dict, or its path or Hub id, not {type(vit).__name__}."
     )
@@ -143,56 +146,76 @@ def rename(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     tensors = {}
     for original, tensor in state_dict.items():
         name = re.sub(f"^{PREFIXES}", "", original)
-        pattern = next((pattern for pattern in KEYS if re.fullmatch(pattern, name)), None)
-        if pattern is None and re.fullmatch(LEFT_BEHIND, name):
-            continue
-        if pattern is None:
-            raise ValueError(f"This is no plain ViT: {_reason(name) or f'it holds {original!r}'}.")
-        renamed = re.sub(pattern, KEYS[pattern], name)
-        renamed = renamed if renamed.startswith("classifier.") else f"hydravit.{renamed}"
-        if "qkv_proj" not in renamed:
+        renamed = find_name(name, KEYS)
+        if renamed is not None:
             tensors[renamed] = tensor
-            continue
-        for projection, third in zip("qkv", tensor.chunk(3), strict=True):
-            tensors[renamed.replace("qkv_proj", f"{projection}_proj")] = third
+        elif not re.fullmatch(LEFT_BEHIND, name):
+            raise ValueError(f"This is no plain ViT: {_reason(name) or f'it holds {original!r}'}.")
     if "hydravit.embeddings.cls_token" not in tensors:
         raise ValueError("This is no plain ViT: it has no class token.")
-    return tensors
+    return split_projections(tensors)
+
+
+def find_name(original: str, keys: dict[str, str]) -> str | None:
+    """Find the name that a parameter has in a `HydraViTForImageClassification`. None if no pattern of `keys` fits."""
+    pattern = next((pattern for pattern in keys if re.fullmatch(pattern, original)), None)
+    if pattern is None:
+        return None
+    name = re.sub(pattern, keys[pattern], original)
+    return name if name.startswith("classifier.") else f"hydravit.{name}"
+
+
+def split_projections(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Split each stack of query, key and value projections into the three."""
+    split = {}
+    for name, tensor in tensors.items():
+        if "qkv_proj" not in name:
+            split[name] = tensor
+            continue
+        for projection, third in zip("qkv", tensor.tensor_split(3), strict=True):
+            split[name.replace("qkv_proj", f"{projection}_proj")] = third
+    return split
 
 
 def read_timm_config(path: str | Path) -> dict | None:
     """The configuration of a timm model's folder or Hub id, such as `timm/vit_base_patch16_224.augreg_in21k_ft_in1k`.
     None if the folder is that of a model of transformers."""
     config, _ = PreTrainedConfig.get_config_dict(path)
-    is_timm = config.get("model_type") == "timm_wrapper" or ("pretrained_cfg" in config and "architecture" in config)
-    return config if is_timm else None
+    return config if _is_of_timm(config) else None
+
+
+def _is_of_timm(config: dict) -> bool:
+    return config.get("model_type") == "timm_wrapper" or ("pretrained_cfg" in config and "architecture" in config)
 
 
 def _read_path(path: str | Path) -> Source:
-    timm_config = read_timm_config(path)
-    if timm_config is None:
-        config, _ = PreTrainedConfig.get_config_dict(path)
-        _check_model_type(PreTrainedConfig(model_type=config.get("model_type")))
-        is_classifier = "ForImageClassification" in (config.get("architectures") or [""])[0]
-        return read_source((AutoModelForImageClassification if is_classifier else AutoModel).from_pretrained(path))
-    architecture = timm_config.get("architecture", "")
+    config, _ = PreTrainedConfig.get_config_dict(path)
+    if _is_of_timm(config):
+        return _read_timm_folder(path, config)
+    _check_model_type(config.get("model_type"))
+    is_classifier = "ForImageClassification" in (config.get("architectures") or [""])[0]
+    return read_source((AutoModelForImageClassification if is_classifier else AutoModel).from_pretrained(path))
+
+
+def _read_timm_folder(path: str | Path, config: dict) -> Source:
+    architecture = config.get("architecture", "")
     if not re.match("(vit|deit)", architecture):
         raise ValueError(f"'{path}' is no plain ViT: its architecture is '{architecture}' of timm.")
-    if timm_config.get("global_pool", "token") != "token":
+    if config.get("global_pool", "token") != "token":
         raise ValueError(f"'{path}' is no plain ViT: {REASONS['fc_norm']}.")
     tensors = rename(load_file(cached_file(path, SAFE_WEIGHTS_NAME)))
-    arguments = _arguments_by_shapes(tensors, TIMM_HEAD_DIM)
-    if labels := timm_config.get("label_names") or timm_config.get("pretrained_cfg", {}).get("label_names"):
+    arguments = arguments_by_shapes(tensors, TIMM_HEAD_DIM)
+    if labels := config.get("label_names") or config.get("pretrained_cfg", {}).get("label_names"):
         del arguments["num_labels"]
         arguments["id2label"] = dict(enumerate(labels))
         arguments["label2id"] = {label: index for index, label in enumerate(labels)}
     return _plain(Source(arguments, tensors))
 
 
-def _check_model_type(config: PreTrainedConfig):
-    if config.model_type in SUPPORTED:
+def _check_model_type(model_type: str | None):
+    if model_type in SUPPORTED:
         return
-    reason = _reason(str(config.model_type)) or f"models of the type '{config.model_type}' are not supported"
+    reason = _reason(str(model_type)) or f"models of the type '{model_type}' are not supported"
     raise ValueError(f"This is no plain ViT: {reason}. Supported are {', '.join(SUPPORTED)} and timm's vit_*, deit_*.")
 
 
@@ -223,7 +246,7 @@ def _proportions(width: int, num_heads: int, intermediate_size: int) -> dict:
     }
 
 
-def _arguments_by_shapes(tensors: dict[str, torch.Tensor], head_dim: int) -> dict:
+def arguments_by_shapes(tensors: dict[str, torch.Tensor], head_dim: int) -> dict:
     """The arguments of `HydraViTConfig` that follow from the shapes of the weights, for square images."""
     width, channels, *patch_size = tensors["hydravit.embeddings.patch_embeddings.projection.weight"].shape
     if width % head_dim:
@@ -247,7 +270,7 @@ def _read_timm_model(vit: nn.Module) -> Source:
         raise ValueError(f"This is no plain ViT: {REASONS['fc_norm']}.")
     tensors = rename(vit.state_dict())
     head_dim = vit.embed_dim // vit.blocks[0].attn.num_heads
-    arguments = _arguments_by_shapes(tensors, head_dim)
+    arguments = arguments_by_shapes(tensors, head_dim)
     arguments |= {"image_size": tuple(vit.patch_embed.img_size), "layer_norm_eps": vit.norm.eps}
     return Source(arguments, tensors, vit.training)
 

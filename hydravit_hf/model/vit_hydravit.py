@@ -29,7 +29,7 @@ class ViTConversionMixin:
 
         Args:
             vit_or_deit: A ViT, DeiT, ViTMAE, ViTMSN or DINOv2 of transformers, or a `vit_*` or `deit_*` of timm, with
-                or without classifier: the model, its path or its Hub id. Of timm, a state dict will do.
+                or without classifier: the model, its path or its Hub id. A state dict is enough for timm.
             num_attention_heads: Number of heads that the new model holds. The given heads fill its leading block. If
                 it holds more, the others are newly initialised, with a warning. If it holds fewer, it takes the leading
                 ones.

@@ -20,6 +20,7 @@ import yaml
 from transformers import HfArgumentParser, PreTrainedConfig, TrainingArguments
 
 from ..evaluation import evaluate_classifier
+from ..folders import short_name
 from ..image_processing import load_image_processor, make_image_processor
 from ..model.configuration_hydravit import HydraViTConfig
 from ..model.modeling_hydravit import HydraViTForImageClassification
@@ -286,9 +287,8 @@ def make_model(data_args: DataArguments, model_args: ModelArguments, labels: lis
 
 def _start_from_vit(start: str, images, options: dict, model_args: ModelArguments):
     source = read_source(start)
-    config = HydraViTConfig(
-        **source.arguments | {"image_size": options.get("image_size", source.arguments["image_size"])}
-    )
+    image_size = options.get("image_size", source.arguments["image_size"])
+    config = HydraViTConfig(**{**source.arguments, "image_size": image_size})
     processor = load_image_processor(start, config, model_args.crop_fraction)
     if not model_args.elastify:
         num_heads = model_args.num_attention_heads or 12
@@ -379,8 +379,7 @@ def describe_card(data_args: DataArguments, model_args: ModelArguments, test_ima
 def describe_teacher(name: str, teacher, test_images, dataset_name: str) -> dict:
     """The argument of `create_model_card` that says how good the teacher is on the held-out images."""
     accuracy = evaluate_classifier(teacher, test_images)["accuracy"]
-    name = Path(name).resolve().name if Path(name).exists() else name
-    return {"results_note": f"Accuracy on {dataset_name}. The teacher, {name}, has {accuracy:.2%}."}
+    return {"results_note": f"Accuracy on {dataset_name}. The teacher, {short_name(name)}, has {accuracy:.2%}."}
 
 
 def print_results(folder: Path, dataset_name: str):

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..evaluation import SINGLE_LABEL, problem_type_of
 from ..model.configuration_hydravit import HydraViTConfig
 from .teacher import Lesson, Teacher
 
-SINGLE_LABEL = "single_label_classification"
 # The loss of logits and targets, and the targets that the logits of a teacher are
 LOSSES = {
     SINGLE_LABEL: (nn.functional.cross_entropy, lambda logits: logits.softmax(-1)),
@@ -247,12 +247,6 @@ def classification_loss(
     if teacher_logits is None:
         return loss
     return torch.lerp(loss, compare(logits, predict(teacher_logits.detach().float())), distillation_weight)
-
-
-def problem_type_of(config: HydraViTConfig) -> str:
-    """The `problem_type` of a configuration. None means a regression for one label, as in transformers, and a
-    single-label classification for several."""
-    return config.problem_type or ("regression" if config.num_labels == 1 else SINGLE_LABEL)
 
 
 def check_targets(targets: torch.Tensor, config: HydraViTConfig):

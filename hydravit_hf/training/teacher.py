@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageClassification, PreTrainedConfig
 
+from ..evaluation import SINGLE_LABEL, problem_type_of
 from ..model.configuration_hydravit import HydraViTConfig, as_pair
 from ..model.modeling_hydravit import HydraViTForImageClassification
 from ..model.sources_hydravit import read_source, read_timm_config
@@ -48,8 +49,8 @@ class Teacher:
         return None
 
     def _check(self, teacher: PreTrainedConfig, student: HydraViTConfig):
-        if student.problem_type not in (None, "single_label_classification"):
-            raise ValueError(f"A teacher teaches single-label classifiers, not {student.problem_type}.")
+        if problem_type_of(student) != SINGLE_LABEL:
+            raise ValueError(f"A teacher teaches single-label classifiers, not {problem_type_of(student)}.")
         own, others = ([config.id2label[index] for index in sorted(config.id2label)] for config in (student, teacher))
         if len(own) != len(others) or (own != others and not {"LABEL_0"} & {own[0], others[0]}):
             raise ValueError(

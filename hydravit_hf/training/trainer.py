@@ -18,14 +18,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, has_length
 from transformers.utils import is_datasets_available, logging
 
-from ..evaluation import SCORES, score
+from ..evaluation import SCORES, SINGLE_LABEL, problem_type_of, score
 from ..metrics import SubnetworkMetric, multi_label_metrics, name_by_width, regression_metrics
 from ..model_card import ModelCardCallback
 from .augmentation import StreamedTrainingImages, TrainingImages, mix_images
 from .averaging import AveragingTrainer
 from .optimizer import PrefixAdamW
 from .runs import RUN_FILE, Preemption, check_same_run, describe_data, last_whole_checkpoint
-from .steps import SINGLE_LABEL, StepLoss, SubnetworkTrainingArguments, check_loss, check_targets, problem_type_of
+from .steps import StepLoss, SubnetworkTrainingArguments, check_loss, check_targets
 from .teacher import Teacher
 
 logger = logging.get_logger(__name__)

@@ -132,6 +132,7 @@ def test_hidden_states_need_channels_that_mean_the_same(vit):
         Teacher(vit, make_config(), hidden_state_weight=1.0)
 
 
-def test_a_teacher_of_other_problems_is_refused(vit):
+@pytest.mark.parametrize("config", [{"problem_type": "regression"}, {"num_labels": 1}], ids=str)
+def test_a_teacher_of_other_problems_is_refused(vit, config):
     with pytest.raises(ValueError, match="not regression"):
-        Teacher(vit, make_config(problem_type="regression"))
+        Teacher(vit, make_config(**config))
