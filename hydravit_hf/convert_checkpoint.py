@@ -103,12 +103,11 @@ def _convert(path: str | Path, original: dict[str, torch.Tensor], config: dict) 
         if renamed is None:
             raise ValueError(f"'{path}' holds '{name}', which a HydraViT does not have.")
         weights[renamed] = tensor
-    weights = split_projections(weights)
     try:
+        weights = split_projections(weights)
         config = HydraViTConfig(**arguments_by_shapes(weights, HEAD_DIM) | config)
-    except (KeyError, ValueError, ZeroDivisionError) as error:
-        what = f"it lacks {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"'{path}' does not hold all the weights of a HydraViT: {what}") from error
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"'{path}' does not hold all the weights of a HydraViT: {error}") from error
     with torch.device("meta"):  # the shapes alone: a file may name many layers and hold few
         expected = HydraViTForImageClassification(config).state_dict()
     for name in expected | weights:

@@ -190,8 +190,14 @@ HOSTILE = {
     "a list": ({"head.weight": [1, 2]}, "holds a list, not a tensor, as 'head.weight'"),
     "nothing": ({"head.weight": None}, "holds a NoneType, not a tensor"),
     "a number as a name": ({3: SMALL}, "the name 3, which is no text"),
-    "no rows": ({"blocks.0.attn.qkv.weight": torch.zeros(2, EMBED)}, "should have the shape"),
-    "a scalar": ({"head.weight": torch.tensor(1.0)}, "does not hold all the weights"),
+    "no rows": ({"blocks.0.attn.qkv.weight": torch.zeros(2, EMBED)}, "should hold three projections"),
+    "a scalar": ({"head.weight": torch.tensor(1.0)}, "'classifier.weight' has the shape ()"),
+    "a scalar of patches": ({"patch_embed.proj.weight": torch.tensor(1.0)}, "projection.weight' has the shape ()"),
+    "a scalar of positions": ({"pos_embed": torch.tensor(1.0)}, "position_embeddings' has the shape ()"),
+    "a scalar of neurons": ({"blocks.0.mlp.fc1.weight": torch.tensor(1.0)}, "fc1.weight' has the shape ()"),
+    "a scalar of projections": ({"blocks.0.attn.qkv.weight": torch.tensor(1.0)}, "should hold three projections"),
+    "a scalar elsewhere": ({"norm.weight": torch.tensor(1.0)}, "should have the shape"),
+    "one dimension too few": ({"head.weight": torch.zeros(LABELS)}, "should have 2 dimensions"),
     "no pixels": ({"patch_embed.proj.weight": torch.zeros(EMBED, 3, 0, 0)}, "does not hold all the weights"),
 }
 

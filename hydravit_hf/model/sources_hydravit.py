@@ -172,6 +172,8 @@ def split_projections(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
         if "qkv_proj" not in name:
             split[name] = tensor
             continue
+        if not tensor.ndim or len(tensor) % 3:
+            raise ValueError(f"'{name}' has the shape {tuple(tensor.shape)}, and should hold three projections.")
         for projection, third in zip("qkv", tensor.tensor_split(3), strict=True):
             split[name.replace("qkv_proj", f"{projection}_proj")] = third
     return split
@@ -247,12 +249,17 @@ def _proportions(width: int, num_heads: int, intermediate_size: int) -> dict:
 
 
 def arguments_by_shapes(tensors: dict[str, torch.Tensor], head_dim: int) -> dict:
-    """The arguments of `HydraViTConfig` that follow from the shapes of the weights, for square images."""
-    width, channels, *patch_size = tensors["hydravit.embeddings.patch_embeddings.projection.weight"].shape
+    """The arguments of `HydraViTConfig` that follow from the shapes of the weights, for square images.
+
+    Raises:
+        ValueError: A weight that tells a size is missing or has another number of dimensions.
+    """
+    patches = "hydravit.embeddings.patch_embeddings.projection.weight"
+    width, channels, *patch_size = _shape_of(tensors, patches, 4)
     if width % head_dim:
         raise ValueError(f"The ViT is {width} channels wide, no multiple of head_dim={head_dim}: give its `head_dim`.")
     # The tokens are a square of patches, and up to two more: those of class and distillation
-    side = math.isqrt(tensors["hydravit.embeddings.position_embeddings"].shape[1])
+    side = math.isqrt(_shape_of(tensors, "hydravit.embeddings.position_embeddings", 3)[1])
     is_square = patch_size[0] == patch_size[1]
     arguments = {
         "num_hidden_layers": len([name for name in tensors if name.endswith("layernorm_before.weight")]),
@@ -260,9 +267,19 @@ def arguments_by_shapes(tensors: dict[str, torch.Tensor], head_dim: int) -> dict
         "patch_size": patch_size[0] if is_square else tuple(patch_size),
         "num_channels": channels,
         "qkv_bias": "hydravit.layers.0.attention.q_proj.bias" in tensors,
-        "num_labels": len(tensors["classifier.weight"]) if "classifier.weight" in tensors else 2,
+        "num_labels": _shape_of(tensors, "classifier.weight", 2)[0] if "classifier.weight" in tensors else 2,
     }
-    return arguments | _proportions(width, width // head_dim, len(tensors["hydravit.layers.0.mlp.fc1.weight"]))
+    intermediate_size = _shape_of(tensors, "hydravit.layers.0.mlp.fc1.weight", 2)[0]
+    return arguments | _proportions(width, width // head_dim, intermediate_size)
+
+
+def _shape_of(tensors: dict[str, torch.Tensor], name: str, num_dimensions: int) -> torch.Size:
+    if name not in tensors:
+        raise ValueError(f"The ViT lacks '{name}'.")
+    shape = tensors[name].shape
+    if len(shape) != num_dimensions:
+        raise ValueError(f"'{name}' has the shape {tuple(shape)}, and should have {num_dimensions} dimensions.")
+    return shape
 
 
 def _read_timm_model(vit: nn.Module) -> Source:
