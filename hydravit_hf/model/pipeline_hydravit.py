@@ -43,8 +43,8 @@ class HydraViTImageClassificationPipeline(ImageClassificationPipeline):
             "return" puts `{"error": message}` in its place and classifies the others.
         timeout: Seconds for the whole download of a URL (default 10).
         allow_urls: Whether to download URLs (default True). Turn it off if strangers choose the input.
-        max_memory_mb: Megabytes that decoding an image file may take (default 300, which is enough for photos of 50
-            megapixels and other files of 12 to 33). `PIL.Image.MAX_IMAGE_PIXELS` is a limit beside it.
+        max_memory_mb: Megabytes that decoding an image file may take (default 300, which is enough for a JPEG of 49
+            megapixels and other files of 12 to 37). `PIL.Image.MAX_IMAGE_PIXELS` is a limit beside it.
         top_k, function_to_apply, batch_size: As in transformers.
     """
 

@@ -179,6 +179,14 @@ def split_projections(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     return split
 
 
+def places_of_labels(wanted: dict[int, str], given: dict[int, str]) -> list[int] | None:
+    """The places that the wanted labels have among the given ones, if these are the same in another order."""
+    wanted, given = ([labels[index] for index in sorted(labels)] for labels in (wanted, given))
+    if wanted == given or sorted(wanted) != sorted(given) or len(set(given)) < len(given):
+        return None
+    return [given.index(label) for label in wanted]
+
+
 def read_timm_config(path: str | Path) -> dict | None:
     """The configuration of a timm model's folder or Hub id, such as `timm/vit_base_patch16_224.augreg_in21k_ft_in1k`.
     None if the folder is that of a model of transformers."""

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from .configuration_hydravit import grid_of
 from .nesting_hydravit import assemble, fill_leading_blocks, fit_positions_to_grid, leading_blocks, own_parameters
-from .sources_hydravit import SHARED_ARGUMENTS, read_source
+from .sources_hydravit import SHARED_ARGUMENTS, places_of_labels, read_source
 
 logger = logging.get_logger(__name__)
 
@@ -33,8 +33,9 @@ class ViTConversionMixin:
             num_attention_heads: Number of heads that the new model holds. The given heads fill its leading block. If
                 it holds more, the others are newly initialised, with a warning. If it holds fewer, it takes the leading
                 ones.
-            config_kwargs: Further arguments of `HydraViTConfig`. Another `num_labels` gives a new classifier. Another
-                `image_size` interpolates the position embeddings. A state dict needs `head_dim` if it is not 64.
+            config_kwargs: Further arguments of `HydraViTConfig`. Another `num_labels` gives a new classifier. An
+                `id2label` with the ViT's labels in another order reorders its classifier. Another `image_size`
+                interpolates the position embeddings. A state dict needs `head_dim` if it is not 64.
 
         Raises:
             TypeError: `vit_or_deit` is no model, no state dict and no path.
@@ -52,16 +53,19 @@ class ViTConversionMixin:
         """
         source = read_source(vit_or_deit, config_kwargs.get("head_dim"))
         arguments, tensors = source.arguments, source.tensors
+        given_labels = arguments.get("id2label", {})
         if "num_labels" in config_kwargs:
-            for name in ("id2label", "label2id"):
-                arguments.pop(name, None)
+            arguments = {name: value for name, value in arguments.items() if name not in ("id2label", "label2id")}
         config = cls.config_class(**arguments | config_kwargs | {"num_attention_heads": num_attention_heads})
         classifier = tensors.get("classifier.weight")
         if classifier is None or tuple(classifier.shape) != (config.num_labels, source.class_token.shape[-1]):
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("classifier.")}
-        elif config.separate_classifiers:
-            for name in ("classifier.weight", "classifier.bias"):
-                tensors[name] = tensors[name].expand(len(config.subnetwork_heads), *tensors[name].shape)
+        else:
+            if places := places_of_labels(config.id2label, given_labels):
+                tensors |= {name: tensors[name][places] for name in ("classifier.weight", "classifier.bias")}
+            if config.separate_classifiers:
+                for name in ("classifier.weight", "classifier.bias"):
+                    tensors[name] = tensors[name].expand(len(config.subnetwork_heads), *tensors[name].shape)
         grid = grid_of(arguments["image_size"], arguments["patch_size"])
         blocks = fit_positions_to_grid(leading_blocks(tensors, config), grid, config.patch_grid)
         model = cls(config)

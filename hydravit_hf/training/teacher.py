@@ -12,15 +12,15 @@ from transformers import AutoModelForImageClassification, PreTrainedConfig
 from ..evaluation import SINGLE_LABEL, problem_type_of
 from ..model.configuration_hydravit import HydraViTConfig, as_pair
 from ..model.modeling_hydravit import HydraViTForImageClassification
-from ..model.sources_hydravit import read_source, read_timm_config
+from ..model.sources_hydravit import places_of_labels, read_source, read_timm_config
 
 
 class Teacher:
     """A frozen classifier that teaches every width of a model. All widths of a step share its pass.
 
     Args:
-        teacher: A classifier with the labels of the student, or its path or Hub id, such as the ViT that the student
-            was made from.
+        teacher: A classifier with the labels of the student in any order, or its path or Hub id, such as the ViT that
+            the student was made from.
         config: Configuration of the student.
         weight: Weight of the teacher's predictions, from 0 to 1. The other loss has the rest.
         hidden_state_weight: Weight of the distance between the student's hidden states and the leading channels of the
@@ -37,6 +37,7 @@ class Teacher:
         self.model = teacher.eval().requires_grad_(False)
         self.weight, self.hidden_state_weight = weight, hidden_state_weight
         self._check(teacher.config, config)
+        self._places = places_of_labels(config.id2label, teacher.config.id2label)
 
     @classmethod
     def of_arguments(cls, args, config: HydraViTConfig, teacher=None) -> "Teacher | None":
@@ -52,7 +53,7 @@ class Teacher:
         if problem_type_of(student) != SINGLE_LABEL:
             raise ValueError(f"A teacher teaches single-label classifiers, not {problem_type_of(student)}.")
         own, others = ([config.id2label[index] for index in sorted(config.id2label)] for config in (student, teacher))
-        if len(own) != len(others) or (own != others and not {"LABEL_0"} & {own[0], others[0]}):
+        if len(own) != len(others) or (sorted(own) != sorted(others) and not {"LABEL_0"} & {own[0], others[0]}):
             raise ValueError(
                 f"The teacher must have the labels of the student: {len(own)}, from {own[0]} to {own[-1]}, and not "
                 f"{len(others)}, from {others[0]} to {others[-1]}."
@@ -73,7 +74,8 @@ class Teacher:
             self.model.to(pixel_values.device)
         with torch.no_grad():
             outputs = self.model(pixel_values, output_hidden_states=bool(self.hidden_state_weight))
-        return Lesson(outputs.logits, outputs.hidden_states, self.weight, self.hidden_state_weight)
+        logits = outputs.logits if self._places is None else outputs.logits[:, self._places]
+        return Lesson(logits, outputs.hidden_states, self.weight, self.hidden_state_weight)
 
 
 def _load(path: str) -> nn.Module:

@@ -69,6 +69,19 @@ def test_a_model_from_a_vit_may_have_other_labels():
     assert len(model.config.id2label) == 7
 
 
+@pytest.mark.parametrize("separate", [False, True])
+def test_labels_in_another_order_keep_their_meaning(images, separate):
+    vit = ViTForImageClassification(ViTConfig(**VIT)).eval()
+    vit.config.id2label = dict(enumerate("abcde"))
+    labels = dict(enumerate("edacb"))
+    model = HydraViTForImageClassification.from_vit(
+        vit, 2, id2label=labels, num_labels=5, separate_classifiers=separate, subnetwork_heads=[1, 2]
+    ).eval()
+    torch.testing.assert_close(model(images).logits, vit(images).logits[:, [4, 3, 0, 2, 1]], atol=1e-5, rtol=1e-5)
+    others = HydraViTForImageClassification.from_vit(vit, 2, id2label=dict(enumerate("abcdx"))).eval()
+    torch.testing.assert_close(others(images).logits, vit(images).logits, atol=1e-5, rtol=1e-5)
+
+
 def test_what_is_no_vit_is_an_error(model):
     with pytest.raises(ValueError, match="it is a HydraViT already"):
         HydraViTForImageClassification.from_vit(model)

@@ -118,12 +118,15 @@ def test_a_teacher_of_other_labels_or_images_is_refused(changes, message):
         Teacher(vit, make_config())
 
 
-def test_labels_of_other_names_or_in_another_order_are_refused(vit):
+def test_labels_are_matched_by_name_and_others_are_refused(vit, batch):
     names = [f"class {index}" for index in range(10)]
     config = make_config(id2label=dict(enumerate(names)), label2id={name: index for index, name in enumerate(names)})
     Teacher(vit, config)  # whose labels have no names
     vit.config.id2label = dict(enumerate(reversed(names)))
-    with pytest.raises(ValueError, match="from class 0 to class 9, and not 10, from class 9 to class 0"):
+    lesson = Teacher(vit, config)(batch[0])
+    assert torch.equal(lesson.logits.flip(-1), vit(batch[0]).logits)
+    vit.config.id2label = dict(enumerate(["another", *names[1:]]))
+    with pytest.raises(ValueError, match="from class 0 to class 9, and not 10, from another to class 9"):
         Teacher(vit, config)
 
 
