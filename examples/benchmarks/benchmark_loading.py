@@ -91,7 +91,7 @@ def run(folder: Path, way: str, cache: str, config: dict) -> dict:
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout)
 
 
-def measure(folder: Path, config: dict, caches: list[str], rounds: int) -> list[dict]:
+def measure(folder: Path, config: dict, ways: list[str], caches: list[str], rounds: int) -> list[dict]:
     """Make the checkpoints and load them in turn. Returns the medians."""
     model = HydraViTForImageClassification(HydraViTConfig(**config))
     model.save_pretrained(folder / "one_file")
@@ -100,9 +100,9 @@ def measure(folder: Path, config: dict, caches: list[str], rounds: int) -> list[
     os.sync()
     rows = []
     for cache in caches:
-        records = {way: [] for way in WAYS}
+        records = {way: [] for way in ways}
         for turn in range(-1, rounds):  # the first one warms up
-            for way in WAYS:
+            for way in ways:
                 records[way] += [run(folder, way, cache, config)] * (turn >= 0)
         for way, runs in records.items():
             columns = {key: [record[key] for record in runs] for key in runs[0]}
@@ -116,6 +116,7 @@ def measure(folder: Path, config: dict, caches: list[str], rounds: int) -> list[
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS)[1:], default=list(WAYS)[1:], metavar="WAY")
     parser.add_argument("--cache", nargs="+", choices=["warm", "cold"], default=["warm", "cold"])
     parser.add_argument("--config", type=json.loads, default={}, help="arguments of HydraViTConfig, JSON")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
@@ -126,7 +127,7 @@ if __name__ == "__main__":
         print(json.dumps(load(args.folder, args.way, HydraViTConfig(**args.config))))
     else:
         with tempfile.TemporaryDirectory(dir=".") as temporary:  # not in /tmp, which may be memory
-            rows = measure(Path(temporary), args.config, args.cache, args.rounds)
+            rows = measure(Path(temporary), args.config, [ORDINARY, *args.ways], args.cache, args.rounds)
         print(f"{machine()}, {args.rounds} rounds, medians\n")
         print(format_rows(rows, COLUMNS))
         if args.json is not None:
