@@ -553,12 +553,94 @@ def reshard(
         print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
 
 
+@app.command()
+def serve(
+    model: Model,
+    deadline_ms: Annotated[
+        float,
+        typer.Option(
+            min=1,
+            metavar="X",
+            help="Milliseconds from the arrival of an image to its answer, if its request does not say. A good start "
+            "is three times what the widest takes for one image, which the command prints.",
+        ),
+    ] = 100,
+    heads: Heads = None,
+    host: Annotated[str, typer.Option(metavar="NAME", help="Address to listen on; 0.0.0.0 is all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, metavar="N", help="Port to listen on.")] = 8000,
+    max_batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Most images in a batch.")] = 16,
+    late: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="What happens to a request that no width can answer in time. answer: it runs after the others. "
+            "refuse: it gets 503.",
+        ),
+    ] = "answer",
+    runtime: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="torch, openvino or onnx. The last two export each width at the start."),
+    ] = "torch",
+    device: Device = None,
+    max_queue: Annotated[int, typer.Option(min=1, metavar="N", help="Most requests at a time. More get 503.")] = 256,
+    max_body_mb: Annotated[
+        float, typer.Option(metavar="X", help="Megabytes of a request. A larger one gets 413.")
+    ] = 20,
+    allow_urls: Annotated[
+        bool, typer.Option("--allow-urls", help="Download images from addresses that requests name.")
+    ] = False,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY", envvar="HYDRAVIT_API_KEY", help="Secret that requests must carry.", show_default="none"
+        ),
+    ] = None,
+):
+    """Serve a model over HTTP. Each batch runs at the widest width that the deadlines of its requests allow.
+
+    Try it with `curl --data-binary @image.png -H "Content-Type: image/png" 127.0.0.1:8000/predict`, or open
+    http://127.0.0.1:8000 in a browser. /info names the widths, /metrics is for Prometheus. Ctrl+C or SIGTERM answers
+    what was accepted, and stops.
+    """
+    from transformers import AutoImageProcessor
+
+    from .engine import Engine
+    from .folders import short_name
+    from .server import Limits, Service, bind, serve
+
+    bound = bind(host, port)
+    loaded, processor = _load(model, device), AutoImageProcessor.from_pretrained(model)
+    print("Measuring each width on this machine", flush=True)
+    with Engine(loaded, processor, heads, deadline_ms, max_batch_size, late, runtime) as engine:
+        rows = _widths(model, engine)
+        limits = Limits(max_queue, max_body_mb, allow_urls=allow_urls, api_key=api_key)
+        info = {"model": short_name(model), "runtime": runtime, "device": str(engine.device), "widths": rows}
+        _print_rows(rows)
+        print(f"\nServing {model} on http://{host}:{port}, with a deadline of {deadline_ms:g} ms", flush=True)
+        serve(Service(engine, limits, info), bound)
+
+
 def _load(model: str, device: str | None = None, **kwargs):
     from .model.modeling_hydravit import HydraViTForImageClassification
 
     with _naming(model):
         loaded = HydraViTForImageClassification.from_pretrained(model, **kwargs)
     return loaded.to(_device(device))
+
+
+def _widths(model: str, engine) -> list[dict]:
+    """A row for each width that is served: its costs, the latency of one image, and its accuracy if the model's
+    results.json tells it."""
+    from transformers.utils import cached_file
+
+    from .profiling import add_costs
+
+    file = cached_file(model, "results.json", _raise_exceptions_for_missing_entries=False)
+    results = json.loads(Path(file).read_text(encoding="utf-8")) if file else []
+    accuracies = {row["num_heads"]: {"accuracy": row["accuracy"]} for row in results if "accuracy" in row}
+    latencies = {row["num_heads"]: row["latency_ms"] for row in engine.rows if row["batch_size"] == 1}
+    rows = [{"num_heads": k, "latency_ms": latencies[k]} | accuracies.get(k, {}) for k in engine.heads]
+    return add_costs(engine.config, rows)
 
 
 def _device(name: str | None) -> str:
