@@ -43,8 +43,13 @@ BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Number of imag
 Device = Annotated[
     str | None, typer.Option(metavar="NAME", help="Device, such as cpu or cuda.", show_default="cuda if there is one")
 ]
+Dtype = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Type to compute in, such as bfloat16.", show_default="that of the model"),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 FINDINGS = {"broken": "broken", "huge": "huge", "duplicates": "in both splits"}
+SERVE = ("multipart", "prometheus_client", "python_multipart", "starlette", "uvicorn")  # modules of the extra `serve`
 CRITERION = "Measure of uncertainty: entropy, margin or probability."
 
 
@@ -53,10 +58,7 @@ def profile(
     model: Model,
     heads: Heads = None,
     batch_size: BatchSize = 1,
-    dtype: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Type of the weights, such as bfloat16.", show_default="that of the model"),
-    ] = None,
+    dtype: Dtype = None,
     device: Device = None,
     rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Number of timings of each width.")] = 30,
     max_latency_ms: Annotated[
@@ -74,14 +76,10 @@ def profile(
     as_json: Json = False,
 ):
     """Measure the costs of each width on this machine, and choose the widest that fits a budget."""
-    import torch
-
     from .profiling import choose_num_heads, profile_subnetworks
 
-    if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"`--dtype` must be a floating-point type of torch, such as bfloat16, not '{dtype}'.")
-    loaded = _load(model, device)
-    rows = profile_subnetworks(loaded, heads, batch_size, dtype=dtype and getattr(torch, dtype), rounds=rounds)
+    dtype = _dtype(dtype)
+    rows = profile_subnetworks(_load(model, device), heads, batch_size, dtype=dtype, rounds=rounds)
     budgets = {"max_latency_ms": max_latency_ms, "max_memory_mb": max_memory_mb}
     budgets |= {"max_macs": max_macs, "max_parameters": max_parameters}
     budgets = {name: value for name, value in budgets.items() if value is not None}
@@ -581,11 +579,15 @@ def serve(
         str,
         typer.Option(metavar="NAME", help="torch, openvino or onnx. The last two export each width at the start."),
     ] = "torch",
+    dtype: Dtype = None,
     device: Device = None,
     max_queue: Annotated[int, typer.Option(min=1, metavar="N", help="Most requests at a time. More get 503.")] = 256,
     max_body_mb: Annotated[
         float, typer.Option(metavar="X", help="Megabytes of a request. A larger one gets 413.")
     ] = 20,
+    timeout_s: Annotated[
+        float, typer.Option(metavar="X", help="Seconds for a request to arrive. A slower one gets 408.")
+    ] = 10,
     allow_urls: Annotated[
         bool, typer.Option("--allow-urls", help="Download images from addresses that requests name.")
     ] = False,
@@ -608,16 +610,18 @@ def serve(
     from .folders import short_name
     from .server import Limits, Service, bind, serve
 
-    bound = bind(host, port)
-    loaded, processor = _load(model, device), AutoImageProcessor.from_pretrained(model)
-    print("Measuring each width on this machine", flush=True)
-    with Engine(loaded, processor, heads, deadline_ms, max_batch_size, late, runtime) as engine:
-        rows = _widths(model, engine)
-        limits = Limits(max_queue, max_body_mb, allow_urls=allow_urls, api_key=api_key)
-        info = {"model": short_name(model), "runtime": runtime, "device": str(engine.device), "widths": rows}
-        _print_rows(rows)
-        print(f"\nServing {model} on http://{host}:{port}, with a deadline of {deadline_ms:g} ms", flush=True)
-        serve(Service(engine, limits, info), bound)
+    options = {"deadline_ms": deadline_ms, "max_batch_size": max_batch_size, "late": late, "runtime": runtime}
+    options["dtype"] = _dtype(dtype)
+    with bind(host, port) as bound:
+        loaded, processor = _load(model, device), AutoImageProcessor.from_pretrained(model)
+        print("Measuring each width on this machine", flush=True)
+        with Engine(loaded, processor, heads or None, **options) as engine:
+            rows = _widths(model, engine)
+            limits = Limits(max_queue, max_body_mb, timeout_s, allow_urls, api_key)
+            info = {"model": short_name(model), "runtime": runtime, "device": str(engine.device), "widths": rows}
+            _print_rows(rows)
+            print(f"\nServing {model} on http://{host}:{port}, with a deadline of {deadline_ms:g} ms", flush=True)
+            serve(Service(engine, limits, info), bound)
 
 
 def _load(model: str, device: str | None = None, **kwargs):
@@ -647,6 +651,17 @@ def _device(name: str | None) -> str:
     import torch
 
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _dtype(name: str | None):
+    import torch
+
+    if name is None:
+        return None
+    dtype = getattr(torch, name, None)
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"`--dtype` must be a floating-point type of torch, such as bfloat16, not '{name}'.")
+    return dtype
 
 
 def _load_splits(data: str, **columns: str | None):
@@ -752,7 +767,8 @@ def main():
     try:
         app()
     except ModuleNotFoundError as error:
-        sys.exit(f'error: {error}: pip install "hydravit_hf[train]"')
+        extra = "serve" if error.name in SERVE else "train"
+        sys.exit(f'error: {error}: pip install "hydravit_hf[{extra}]"')
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     except Exception as error:  # its message alone may say little, such as that of a KeyError

@@ -58,6 +58,7 @@ class Engine:
         late: "answer" runs requests that can't be on time after all others. "refuse" fails them with a `LateError`.
         runtime: "torch" runs the model itself. "openvino" and "onnx" run an export of each width, which has its own
             copy of its weights.
+        dtype: Type to compute in, such as `torch.bfloat16`. None means that of the weights. "onnx" takes no other.
         rows: Latencies of an earlier engine on the same machine, its `rows`. None measures them.
 
     Raises:
@@ -86,18 +87,22 @@ class Engine:
         max_batch_size: int = 16,
         late: str = "answer",
         runtime: str = "torch",
+        dtype: torch.dtype | None = None,
         rows: list[dict] | None = None,
     ):
         if type(max_batch_size) is not int or max_batch_size < 1:
             raise ValueError(f"`max_batch_size` must be a positive integer, not {max_batch_size!r}.")
+        if not 0 < deadline_ms < float("inf"):
+            raise ValueError(f"`deadline_ms` must be a positive number, not {deadline_ms!r}.")
         self.config = model.config
         self.heads = sorted(
             {self.config.check_num_heads(num_heads) for num_heads in heads or self.config.subnetwork_heads}
         )
+        self._shape = (1, self.config.num_channels, *as_pair(self.config.image_size))
         self.deadline_ms = deadline_ms
         self.device = model.device
-        self._pipeline = HydraViTImageClassificationPipeline(model.eval(), image_processor=image_processor)
-        self._forward = _runner(model, self.heads, runtime)
+        self._forward = _runner(model.eval(), self.heads, runtime, dtype or model.dtype)
+        self._pipeline = HydraViTImageClassificationPipeline(model, image_processor=image_processor)
         if rows is None:
             rows = _measure(model, self._forward, runtime, self.heads, deadline_ms, max_batch_size)
         self.rows = rows
@@ -154,9 +159,11 @@ class Engine:
             A future of its `Answer`. It may raise `LateError`, or what the model raised.
 
         Raises:
-            ValueError: The width is none of `heads`.
+            ValueError: The width is none of `heads`, or the image has another shape.
             RuntimeError: The engine is closed.
         """
+        if pixel_values.shape != self._shape:
+            raise ValueError(f"`pixel_values` must have the shape {self._shape}, not {tuple(pixel_values.shape)}.")
         arrival = _now() if arrival_ms is None else arrival_ms
         deadline = arrival + (self.deadline_ms if deadline_ms is None else deadline_ms)
         future = Future()
@@ -230,19 +237,18 @@ def _now() -> float:
     return 1e3 * time.monotonic()
 
 
-def _runner(model: HydraViTForImageClassification, heads: list[int], runtime: str):
+def _runner(model: HydraViTForImageClassification, heads: list[int], runtime: str, dtype: torch.dtype):
     """A function of images (B, C, H, W) and a number of heads that returns logits (B, labels) on the CPU."""
     if runtime == "torch":
-        return partial(_run_torch, model)
+        return partial(_run_torch, model.to(dtype))
     if runtime not in RUNTIMES:
         raise ValueError(f"`runtime` must be one of {', '.join(RUNTIMES)}, not {runtime!r}.")
+    if runtime == "onnx" and dtype != model.dtype:
+        raise ValueError(f"`dtype` must be {model.dtype}, that of the weights, for the runtime 'onnx', not {dtype}.")
+    suffix, load = {"onnx": (".onnx", _load_onnx), "openvino": (".xml", _load_openvino)}[runtime]
     with tempfile.TemporaryDirectory(prefix="hydravit-") as folder:
-        loaders = {"onnx": (".onnx", _load_onnx), "openvino": (".xml", _load_openvino)}
-        suffix, load = loaders[runtime]
-        runs = {
-            num_heads: load(export_subnetwork(model, num_heads, runtime, Path(folder) / f"{num_heads}_heads{suffix}"))
-            for num_heads in heads
-        }
+        paths = {num_heads: Path(folder) / f"{num_heads}_heads{suffix}" for num_heads in heads}
+        runs = {k: load(export_subnetwork(model, k, runtime, path), dtype) for k, path in paths.items()}
     return lambda images, num_heads: runs[num_heads](images)
 
 
@@ -250,7 +256,7 @@ def _run_torch(model: HydraViTForImageClassification, images: torch.Tensor, num_
     return model(images.to(model.device), num_heads_active=num_heads).logits.float().cpu()
 
 
-def _load_onnx(path: Path):
+def _load_onnx(path: Path, dtype: torch.dtype):
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -259,11 +265,12 @@ def _load_onnx(path: Path):
     return lambda images: torch.from_numpy(session.run(None, {"pixel_values": images.numpy()})[0])
 
 
-def _load_openvino(path: Path):
+def _load_openvino(path: Path, dtype: torch.dtype):
     import openvino
 
-    options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
-    model = openvino.Core().compile_model(openvino.Core().read_model(path), "CPU", options)
+    precision = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
+    options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    model = openvino.Core().compile_model(path, "CPU", options | {"PERFORMANCE_HINT": "LATENCY"})
     return lambda images: torch.from_numpy(model(images.numpy())["logits"])
 
 

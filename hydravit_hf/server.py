@@ -48,14 +48,14 @@ class Limits:
     Args:
         max_queue: Requests that are being read, wait or run. A server with more answers 503.
         max_body_mb: Megabytes of a request. A larger one gets 413.
-        body_timeout_s: Seconds for the body of a request, and for its head. A slower one gets 408.
+        timeout_s: Seconds for the head of a request, and as many for its body. A slower one gets 408.
         allow_urls: Whether an image may be an http(s) URL, which the server then downloads.
         api_key: Secret that requests must carry. None asks for none.
     """
 
     max_queue: int = 256
     max_body_mb: float = 20.0
-    body_timeout_s: float = 10.0
+    timeout_s: float = 10.0
     allow_urls: bool = False
     api_key: str | None = None
 
@@ -173,10 +173,10 @@ class Service:
             return message
 
         try:
-            async with asyncio.timeout(self.limits.body_timeout_s):
+            async with asyncio.timeout(self.limits.timeout_s):
                 fields = await _read_fields(Request(request.scope, receive))
         except TimeoutError:
-            message = f"The body did not arrive within {self.limits.body_timeout_s:g} seconds."
+            message = f"The body did not arrive within {self.limits.timeout_s:g} seconds."
             raise HTTPException(408, message, {"Connection": "close"}) from None
         except ClientDisconnect:
             raise HTTPException(400, "The body did not arrive whole.") from None
@@ -342,13 +342,13 @@ class Server(uvicorn.Server):
 class TimedProtocol(AutoHTTPProtocol):
     """A connection that is closed if the head of a request does not come in time. uvicorn itself waits for ever."""
 
-    head_timeout_s = 10.0
+    timeout_s = 10.0
 
     def connection_made(self, transport):
         """Begin to watch the connection."""
         super().connection_made(transport)
         self._idle_since = time.monotonic()
-        self._watch = asyncio.get_running_loop().call_later(self.head_timeout_s, self._close_if_idle)
+        self._watch = asyncio.get_running_loop().call_later(self.timeout_s, self._close_if_idle)
 
     def connection_lost(self, exc):
         """Stop watching."""
@@ -358,7 +358,7 @@ class TimedProtocol(AutoHTTPProtocol):
     def _close_if_idle(self):
         if self.cycle is not None and not self.cycle.response_complete:
             self._idle_since = time.monotonic()
-        left = self.head_timeout_s - (time.monotonic() - self._idle_since)
+        left = self.timeout_s - (time.monotonic() - self._idle_since)
         if left <= 0:
             body = b'{"detail":"The request did not arrive in time."}'
             head = f"HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
@@ -394,7 +394,7 @@ def serve(service: Service, bound: socket.socket):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each connection takes a file
     gc.collect()
     gc.freeze()  # else each full collection would look at all of torch again, which takes longer than many batches
-    protocol = type("Protocol", (TimedProtocol,), {"head_timeout_s": service.limits.body_timeout_s})
+    protocol = type("Protocol", (TimedProtocol,), {"timeout_s": service.limits.timeout_s})
     config = uvicorn.Config(
         service.app, http=protocol, log_level="warning", access_log=False, lifespan="off", ws="none"
     )

@@ -276,7 +276,7 @@ def replay(scheduler: Scheduler, requests: Iterable[Request], took: Callable[[in
         >>> requests = [Request(arrival, arrival + 60) for arrival in (0, 10, 20)]
         >>> rows = replay(Scheduler(Latencies(rows)), requests, lambda num_heads, size, now: {3: 5, 12: 40}[num_heads])
         >>> [(row["num_heads"], row["end"]) for row in rows]
-        [(12, 40), (3, 45), (3, 50)]
+        [(12, 40.0), (3, 45.0), (3, 50.0)]
     """
     rows, now = [], 0.0
     arrivals = sorted(requests, key=lambda request: request.arrival)

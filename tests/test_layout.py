@@ -33,7 +33,7 @@ TRAVELLING = [f"model.{name}_hydravit" for name in MODEL]
 # The other files import what is in lines above theirs, and nothing of their own line.
 LAYERS = [
     ["model.__init__", *TRAVELLING],
-    ["folders", "image_processing", "lora", "metrics", "onnx_graphs", "reporting", "resharding"],
+    ["folders", "image_processing", "lora", "metrics", "onnx_graphs", "reporting", "resharding", "serving"],
     ["convert_checkpoint", "data", "evaluation", "export", "hub"],
     [
         "data_checks",
@@ -41,8 +41,8 @@ LAYERS = [
         *(f"training.{name}" for name in ("augmentation", "averaging", "optimizer", "runs", "teacher")),
     ],
     ["profiling", "training.steps"],
-    ["cascade", "elastification", "model_card"],
-    ["training.arguments"],
+    ["cascade", "elastification", "engine", "model_card"],
+    ["server", "training.arguments"],
     ["training.trainer"],
     ["cli"],
     ["__init__"],
@@ -119,7 +119,7 @@ def test_importing_the_package_needs_no_extra():
     dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = {
         name
-        for group in ("train", "study", "space", "export", "lora")
+        for group in ("train", "study", "space", "serve", "export", "lora")
         for name in dependencies["optional-dependencies"][group]
     }
     extras = {name.replace("scikit-learn", "sklearn") for name in extras} | {"torchao", "onnx_ir"}

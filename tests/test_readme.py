@@ -93,6 +93,12 @@ def test_the_snippets_on_loading_run(tmp_path, monkeypatch):
     assert (names["small"].config.hidden_size, names["middle"].config.hidden_size) == (192, 320)
 
 
+def test_the_snippet_on_serving_replays_a_load(capsys):
+    (snippet,) = snippets("python", PAGES["docs/serving.md"])
+    exec(compile(snippet, "docs/serving.md", "exec"), {})
+    assert re.match(r"100 of 100 on time, at \{\d", capsys.readouterr().out)
+
+
 @pytest.mark.filterwarnings("ignore:.*pin_memory")
 def test_the_snippets_on_data_train_on_several_labels(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

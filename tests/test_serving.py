@@ -1,6 +1,7 @@
 """The scheduler on a simulated clock: what it chooses, what it keeps, and what it learns."""
 
 import random
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -84,7 +85,7 @@ def test_each_request_ends_once_at_the_width_that_it_asks_for(trace, late):
         assert request.num_heads in (None, row["num_heads"])
         batches.setdefault(row["start"], []).append(row)
     ends = [(start, rows[0]["end"]) for start, rows in sorted(batches.items())]
-    assert all(end <= start for (_, end), (start, _) in zip(ends, ends[1:], strict=False))  # one at a time
+    assert all(end <= start for (_, end), (start, _) in pairwise(ends))  # one at a time
     for rows in batches.values():
         assert len({row["num_heads"] for row in rows}) == 1 and len(rows) == rows[0]["batch_size"] <= 8
 
@@ -196,7 +197,7 @@ def test_disturbed_measurements_are_lowered_to_those_of_wider_widths_and_larger_
     latencies = Latencies(rows)
     assert latencies(3, 1) == latencies(3, 2) == ROWS[1]["latency_ms"]
     assert latencies(12, 3) == pytest.approx(exact(12, 3)) and latencies.largest(12) == 8
-    assert Latencies(ROWS[:1] + [{"num_heads": 12, "batch_size": 3, "latency_ms": 30.0}])(12, 1) == 10
+    assert Latencies([*ROWS[:1], {"num_heads": 12, "batch_size": 3, "latency_ms": 30.0}])(12, 1) == 10
 
 
 @pytest.mark.parametrize(
