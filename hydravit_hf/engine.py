@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 
 from .export import export_subnetwork
-from .model.configuration_hydravit import as_pair
+from .model.configuration_hydravit import HydraViTConfig, as_pair
 from .model.modeling_hydravit import HydraViTForImageClassification
 from .model.pipeline_hydravit import MAX_MEMORY_MB, HydraViTImageClassificationPipeline
-from .profiling import profile_subnetworks, time_interleaved
+from .profiling import time_interleaved
 from .serving import Batch, Latencies, Request, Scheduler
 
 RUNTIMES = ("torch", "openvino", "onnx")
@@ -46,7 +46,7 @@ class LateError(Exception):
 class Engine:
     """A model that answers each image by a deadline.
 
-    Making one measures each width on this machine, which also warms it up.
+    Making one measures each width on this machine with the timer of `profile_subnetworks`, which also warms it up.
 
     Args:
         model: The classifier, on the device that it shall run on.
@@ -104,7 +104,7 @@ class Engine:
         self._forward = _runner(model.eval(), self.heads, runtime, dtype or model.dtype)
         self._pipeline = HydraViTImageClassificationPipeline(model, image_processor=image_processor)
         if rows is None:
-            rows = _measure(model, self._forward, runtime, self.heads, deadline_ms, max_batch_size)
+            rows = _measure(self.config, self._forward, self.heads, deadline_ms, max_batch_size)
         self.rows = rows
         fastest = min(self.rows, key=lambda row: row["latency_ms"])
         if fastest["latency_ms"] > deadline_ms:
@@ -253,7 +253,8 @@ def _runner(model: HydraViTForImageClassification, heads: list[int], runtime: st
 
 
 def _run_torch(model: HydraViTForImageClassification, images: torch.Tensor, num_heads: int) -> torch.Tensor:
-    return model(images.to(model.device), num_heads_active=num_heads).logits.float().cpu()
+    images = images.to(model.device, model.dtype)
+    return model(images, num_heads_active=num_heads).logits.float().cpu()
 
 
 def _load_onnx(path: Path, dtype: torch.dtype):
@@ -274,25 +275,20 @@ def _load_openvino(path: Path, dtype: torch.dtype):
     return lambda images: torch.from_numpy(model(images.numpy())["logits"])
 
 
-def _measure(model, forward, runtime: str, heads: list[int], deadline_ms: float, max_batch_size: int) -> list[dict]:
+def _measure(config: HydraViTConfig, forward, heads: list[int], deadline_ms: float, max_batch_size: int) -> list[dict]:
     """Rows of all widths at batches of 1, 2, 4, ... images, up to those that take longer than the deadline."""
     rows, size = [], 1
-    while heads and size <= max_batch_size:
-        if runtime == "torch":
-            new = profile_subnetworks(model, heads, size, rounds=ROUNDS, warmup=WARMUP, disable_tqdm=True)
-        else:
-            new = _time(model.config, forward, heads, size)
-        rows += [row for row in new if size == 1 or row["latency_ms"] <= deadline_ms]
-        heads = [row["num_heads"] for row in new if row["latency_ms"] <= deadline_ms]
-        size = max_batch_size if size < max_batch_size < 2 * size else 2 * size
+    with torch.inference_mode():
+        while heads and size <= max_batch_size:
+            images = torch.randn(size, config.num_channels, *as_pair(config.image_size))
+            passes = {num_heads: partial(forward, images, num_heads) for num_heads in heads}
+            times = time_interleaved(passes, ROUNDS, WARMUP, disable_tqdm=True)
+            medians = {num_heads: median(milliseconds) for num_heads, milliseconds in times.items()}
+            heads = [num_heads for num_heads in heads if medians[num_heads] <= deadline_ms]
+            rows += [
+                {"num_heads": num_heads, "batch_size": size, "latency_ms": latency}
+                for num_heads, latency in medians.items()
+                if size == 1 or num_heads in heads
+            ]
+            size = max_batch_size if size < max_batch_size < 2 * size else 2 * size
     return rows
-
-
-def _time(config, forward, heads: list[int], size: int) -> list[dict]:
-    images = torch.randn(size, config.num_channels, *as_pair(config.image_size))
-    passes = {num_heads: partial(forward, images, num_heads) for num_heads in heads}
-    milliseconds = time_interleaved(passes, ROUNDS, WARMUP, disable_tqdm=True)
-    return [
-        {"num_heads": num_heads, "batch_size": size, "latency_ms": median(times)}
-        for num_heads, times in milliseconds.items()
-    ]

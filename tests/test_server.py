@@ -164,7 +164,7 @@ BAD = {  # name -> path, body, content type, status, part of the reason
     "empty": ("/predict", b"", "image/png", 400, "no image"),
     "a text": ("/predict", b"not an image", "image/png", 400, "can't be read"),
     "truncated": ("/predict", NOISE[:700], "image/png", 400, "can't be read"),
-    "a bomb": ("/predict", bomb(), "image/png", 400, "60000 x 60000 pixels"),
+    "a bomb": ("/predict", bomb(), "image/png", 400, "3600000000 pixels"),
     "another type": ("/predict", b"<html>", "text/html", 415, "text/html"),
     "huge": ("/predict", b"x" * 300_000, "image/png", 413, "at most 0.2 MB"),
     "no JSON": ("/predict", b"{image", "application/json", 400, "not JSON"),
