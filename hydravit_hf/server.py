@@ -355,17 +355,22 @@ class TimedProtocol(AutoHTTPProtocol):
         self._watch.cancel()
         super().connection_lost(exc)
 
+    def on_response_complete(self):
+        """Begin to wait for the next request."""
+        self._idle_since = time.monotonic()
+        super().on_response_complete()
+
     def _close_if_idle(self):
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._idle_since = time.monotonic()
-        left = self.timeout_s - (time.monotonic() - self._idle_since)
-        if left <= 0:
+        is_busy = self.cycle is not None and not self.cycle.response_complete
+        left = self.timeout_s - (0 if is_busy else time.monotonic() - self._idle_since)
+        if left > 0:
+            self._watch = asyncio.get_running_loop().call_later(left, self._close_if_idle)
+            return
+        if self.cycle is None:  # there was no request at all; a client that pauses after an answer gets no other one
             body = b'{"detail":"The request did not arrive in time."}'
             head = f"HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
             self.transport.write(head.encode() + b"Connection: close\r\n\r\n" + body)
-            self.transport.close()
-        else:
-            self._watch = asyncio.get_running_loop().call_later(left, self._close_if_idle)
+        self.transport.close()
 
 
 def bind(host: str, port: int) -> socket.socket:
