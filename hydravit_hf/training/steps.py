@@ -14,6 +14,7 @@ from torch import nn
 
 from ..evaluation import SINGLE_LABEL, problem_type_of
 from ..model.configuration_hydravit import HydraViTConfig
+from .gradients import share_leading_gradients
 from .teacher import Lesson, Teacher
 
 # The loss of logits and targets, and the targets that the logits of a teacher are
@@ -340,6 +341,7 @@ def backward_widths(
     Raises:
         FloatingPointError: A loss is not a number.
     """
+    share_leading_gradients(model, heads[0])
     lesson = None if teacher is None else teacher(pixel_values)
     step_loss = StepLoss(len(heads), distillation_weight, label_smoothing, lesson)
     options = {"output_hidden_states": True} if teacher is not None and teacher.hidden_state_weight else {}

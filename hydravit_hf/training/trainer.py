@@ -23,6 +23,7 @@ from ..metrics import SubnetworkMetric, multi_label_metrics, name_by_width, regr
 from ..model_card import ModelCardCallback
 from .augmentation import StreamedTrainingImages, TrainingImages, mix_images
 from .averaging import AveragingTrainer
+from .gradients import share_leading_gradients
 from .optimizer import PrefixAdamW
 from .runs import RUN_FILE, Preemption, check_same_run, describe_data, last_whole_checkpoint
 from .steps import StepLoss, SubnetworkTrainingArguments, check_loss, check_targets
@@ -248,6 +249,7 @@ class HydraViTTrainer(AveragingTrainer):
                 cutmix_alpha=args.cutmix_alpha,
             )
         heads = args.sample(self._config, args.seed, step, self.state.max_steps)
+        share_leading_gradients(model, heads[0])
         if args.freeze_unused_weights:
             self.optimizer.optimizer.num_heads = heads[0]
         lesson = None

@@ -12,9 +12,9 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import fsdp_process, trainer_process
+from support import fsdp_process, gradients_process, trainer_process
 from support.cards import check_card
-from support.training import SANDWICH, assert_close, assert_equal, make_config
+from support.training import SANDWICH, assert_close, assert_equal, make_config, make_model
 
 from hydravit_hf import HydraViTForImageClassification, evaluate_subnetworks, make_image_processor
 from hydravit_hf.data import load_digits, to_pixel_values
@@ -123,6 +123,17 @@ def test_two_processes_train_an_adapter_as_one_with_the_double_batch(tmp_path):
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4)
     adapters = [load_file(tmp_path / run / "adapter_model.safetensors") for run in ("two", "one")]
     assert_close(*adapters, atol=1e-4, rtol=0)
+
+
+def test_processes_share_the_gradients_of_the_trained_heads_and_get_the_same_weights(tmp_path):
+    finish(start("support.gradients_process", tmp_path / "counts.json", processes=2))
+    ordinary, separate, recycling, *others = json.loads((tmp_path / "counts.json").read_text())
+    config, heads = make_config(), [heads[0] for heads in gradients_process.STEPS]
+    assert ordinary == [config.count_parameters(num_heads) for num_heads in heads]
+    stacks = [2 * 10 * (8 * num_heads) + 2 * 10 for num_heads in heads]  # two classifiers more
+    assert separate == [count + more for count, more in zip(ordinary, stacks, strict=True)]
+    assert set(recycling) == {make_model(subnetwork_heads=[1, 2, 4], token_recycling=True).num_parameters()}
+    assert others and set(others) == {"own"}  # the user's own hook stays
 
 
 @pytest.fixture(scope="module")
