@@ -7,6 +7,7 @@ import os
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
@@ -144,11 +145,11 @@ def test_the_benchmark_of_loading_prints_a_row_for_each_way():
     assert rows[1][1] == "ordinary 3-head ViT" and rows[1][3] == "1.00"
 
 
-@pytest.mark.parametrize("name", ["download", "loading"])
-def test_the_tables_on_loading_are_those_of_the_results(load_module, name):
+@pytest.mark.parametrize(("name", "page"), [("download", "loading"), ("gradients", "training"), ("loading", "loading")])
+def test_the_tables_of_benchmarks_are_those_of_the_results(load_module, name, page):
     timing, benchmark = load_module("timing"), load_module(f"benchmark_{name}")
     rows = timing.read_rows(BENCHMARKS / "results" / f"{name}.jsonl")
-    assert timing.format_rows(rows, benchmark.COLUMNS) in (DOCS / "loading.md").read_text(encoding="utf-8")
+    assert timing.format_rows(rows, benchmark.COLUMNS) in (DOCS / f"{page}.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow  # its fast sibling is test_a_width_downloads_its_files_only_and_a_wider_one_the_difference
@@ -159,6 +160,16 @@ def test_the_benchmark_of_downloads_counts_the_bytes_of_each_width(run_here, tmp
     assert all(row["mb"] >= row["weights_mb"] > 0.9 * row["expected_mb"] for row in rows)
     by_width = {row["heads"]: row["weights_mb"] for row in rows if row["checkpoint"] == "by-width"}
     assert by_width["3"] + by_width["6 after 3"] == pytest.approx(by_width["6"])
+
+
+@pytest.mark.slow  # it needs two processes; their hook has a test in test_distributed.py
+def test_the_benchmark_of_gradients_prints_a_row_for_each_way(tmp_path):
+    script, config = BENCHMARKS / "benchmark_gradients.py", {"num_hidden_layers": 1, "image_size": 32}
+    options = ["--heads", "3", "--rounds", "1", "--config", json.dumps(config), "--json", str(tmp_path / "rows.jsonl")]
+    subprocess.run([sys.executable, script, *options], check=True, capture_output=True)
+    rows = {row["way"]: row for row in map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())}
+    assert list(rows) == ["stock ViT", "all gradients", "leading gradients", "leading gradients and updates"]
+    assert rows["leading gradients"]["sent_mb"] < 0.2 * rows["all gradients"]["sent_mb"]
 
 
 @pytest.mark.slow  # its fast siblings are the tests of the exports

@@ -38,7 +38,7 @@ LAYERS = [
     [
         "data_checks",
         "training.__init__",
-        *(f"training.{name}" for name in ("augmentation", "averaging", "optimizer", "runs", "teacher")),
+        *(f"training.{name}" for name in ("augmentation", "averaging", "gradients", "optimizer", "runs", "teacher")),
     ],
     ["profiling", "training.steps"],
     ["cascade", "elastification", "engine", "model_card"],
