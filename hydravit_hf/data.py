@@ -1,10 +1,11 @@
 """Loads labelled images as a `datasets.DatasetDict` with a train and a test split, and prepares them for a model."""
 
 import glob
-import math
+import hashlib
 import os
 import re
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -134,7 +135,7 @@ def load_images(
     _check_labelled(chosen["train"], "label", train)
     chosen = _number_classes(DatasetDict(chosen))
     if "test" not in chosen:
-        chosen = hold_out(chosen["train"])
+        chosen = hold_out_by_content(chosen["train"])
         logger.warning(f"There is no labelled test split: {len(chosen['test'])} of the training images are held out.")
     return chosen
 
@@ -192,31 +193,50 @@ def load_image_files(folder: str | Path) -> Dataset:
 
 
 def hold_out(dataset: Dataset) -> DatasetDict:
-    """Split a data set into train and test, with the same share of every class in both.
+    """Split a data set that never changes into train and test, with the same share of every class in both."""
+    return dataset.train_test_split(HELD_OUT, stratify_by_column="label", seed=0)
 
-    Classes with few images give one of them. A class with one image keeps it for training. Labels that are no single
+
+def hold_out_by_content(dataset: Dataset) -> DatasetDict:
+    """Split a data set into train and test by a hash of each image file.
+
+    About a fifth is held out. Images that are added, removed or renamed move no other from one split to the other, and
+    equal files are in the same one. A class has an image in both splits if two of its files differ: where the hashes
+    hold out none or all of them, the one with the lowest or highest hash changes sides. Labels that are no single
     classes are not looked at.
 
     Raises:
-        ValueError: No class has two images.
+        ValueError: No class has two images that differ.
     """
-    if not isinstance(dataset.features["label"], ClassLabel):
-        if len(dataset) < 2:
-            raise ValueError("There are too few images to hold some out for the test.")
-        return dataset.train_test_split(math.ceil(HELD_OUT * len(dataset)), seed=0)
-    labels = np.array(dataset.with_format(None)["label"])
-    numbers = np.bincount(labels)
-    numbers = numbers[numbers > 0]
-    if numbers.min() > 1 and math.ceil(HELD_OUT * len(labels)) >= len(numbers):
-        return dataset.train_test_split(HELD_OUT, stratify_by_column="label", seed=0)
-    order, held = np.random.default_rng(0).permutation(len(labels)), []
+    images = undecoded(dataset.with_format(None).select_columns("image"))
+    digests = np.array([_digest(image) for image in images["image"]], np.uint64)
+    held = digests < HELD_OUT * 2**64
+    is_class = isinstance(dataset.features["label"], ClassLabel)
+    labels = np.array(dataset.with_format(None)["label"]) if is_class else np.zeros(len(dataset), int)
     for label in np.unique(labels):
-        of_class = order[labels[order] == label]
-        held += of_class[: max(1, round(HELD_OUT * len(of_class))) if len(of_class) > 1 else 0].tolist()
-    if not held:
-        raise ValueError("There are too few images to hold some out for the test: no class has two.")
-    train = np.setdiff1d(np.arange(len(labels)), held)
-    return DatasetDict({"train": dataset.select(train), "test": dataset.select(sorted(held))})
+        of_class = labels == label
+        lowest, highest = digests[of_class].min(), digests[of_class].max()
+        if lowest == highest:
+            held[of_class] = False
+        elif not held[of_class].any():
+            held[of_class & (digests == lowest)] = True
+        elif held[of_class].all():
+            held[of_class & (digests == highest)] = False
+    if not held.any():
+        raise ValueError("There are too few images to hold some out for the test: no class has two that differ.")
+    return DatasetDict({"train": dataset.select(np.flatnonzero(~held)), "test": dataset.select(np.flatnonzero(held))})
+
+
+def _digest(image: dict | None) -> int:
+    """A hash of the length of an image file, its first and its last 4 KB, from 0 to 2**64."""
+    try:
+        with xopen(image["path"], "rb") if image["bytes"] is None else BytesIO(image["bytes"]) as file:
+            start, length = file.read(4096), file.seek(0, os.SEEK_END)
+            file.seek(max(0, length - 4096))
+            end = file.read()
+    except (OSError, TypeError):
+        return 2**64 - 1  # to be named, or left out, with the other broken images
+    return int.from_bytes(hashlib.blake2b(start + end + length.to_bytes(8, "little"), digest_size=8).digest(), "little")
 
 
 def _image_folder(folder: Path, images: list[Path], **kwargs) -> DatasetDict:

@@ -138,10 +138,11 @@ def make_loader(dataset, batch_size: int, num_workers: int = 0) -> DataLoader:
 
 @contextmanager
 def evaluating(model: nn.Module):
-    """Put a model into `eval()` mode within this context, and back into its former mode after it."""
-    was_training = model.training
+    """Put a model into `eval()` mode within this context, and each of its modules back into its former mode after it."""
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield model
     finally:
-        model.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode

@@ -74,11 +74,10 @@ def test_running_a_fitted_cascade_gives_what_the_fit_says(model, labelled, heads
     budget = 0.6 * sum(model.config.count_macs(num_heads) for num_heads in heads)
     fitted = fit_cascade(model, labelled, heads, max_macs=budget, **QUIET)
     assert fitted["cascade"]["num_heads"] == heads and fitted["macs"] <= budget and fitted["images"] == 40
-    model.config.cascade = fitted["cascade"]
-    model.train()
+    model.train().config.cascade = fitted["cascade"]
     rows = [evaluate_cascade(model, labelled, batch_size=size, **QUIET) for size in (1, 64)]
     rows.append(evaluate_cascade(model, DataLoader(labelled, 16, collate_fn=default_data_collator), **QUIET))
-    assert model.training
+    assert model.training and model.config.cascade is not None
     for row in rows:
         assert row["num_heads"] == heads and row["thresholds"] == fitted["cascade"]["thresholds"]
         for name in ("accuracy", "macs", "shares"):

@@ -1,5 +1,6 @@
 """Labelled images from wherever they come: the same columns, each image with its label, each class in both splits."""
 
+import math
 import shutil
 import tarfile
 from collections import Counter
@@ -41,15 +42,18 @@ def load(tmp_path):
     return lambda: load_images(data_dir=tmp_path / "data", cache_dir=str(tmp_path / "cache"))
 
 
-def color(name: str) -> PILImage.Image:
-    return PILImage.new("RGB", (5, 3), COLORS[name])
+def color(name: str, number: int = 0) -> PILImage.Image:
+    """An image of a color whose last pixel tells it from others."""
+    image = PILImage.new("RGB", (5, 3), COLORS[name])
+    image.putpixel((4, 2), (number, 0, 0))
+    return image
 
 
 def write_images(folder, count: int):
     for name in COLORS:
         (folder / name).mkdir(parents=True)
         for number in range(count):
-            color(name).save(folder / name / f"{number}.png")
+            color(name, number).save(folder / name / f"{number}.png")
 
 
 def write_parquet(folder, split: str, columns: dict, features: dict):
@@ -59,7 +63,12 @@ def write_parquet(folder, split: str, columns: dict, features: dict):
 
 def write_labelled_parquet(folder, split: str, names: list[str], label=COLUMNS["label"]):
     labels = [list(COLORS).index(name) if isinstance(label, ClassLabel) else name for name in names]
-    write_parquet(folder, split, {"image": map(color, names), "label": labels}, {"image": Image(), "label": label})
+    write_parquet(
+        folder,
+        split,
+        {"image": map(color, names, range(len(names))), "label": labels},
+        {"image": Image(), "label": label},
+    )
 
 
 def check_splits(splits, train: int, test: int):
@@ -149,8 +158,9 @@ def test_a_folder_of_parquet_files_has_the_same_columns(tmp_path, load):
 def test_a_folder_without_a_test_split_has_a_fifth_held_out(tmp_path, load, split):
     write_images(tmp_path / "data" / split, 10)
     splits = load()
-    check_splits(splits, train=24, test=6)
-    assert Counter(splits["test"]["label"]) == {0: 2, 1: 2, 2: 2}
+    held = len(splits["test"])
+    check_splits(splits, train=30 - held, test=held)
+    assert 3 <= held <= 12 and set(splits["test"]["label"]) == set(splits["train"]["label"]) == {0, 1, 2}
 
 
 def test_a_validation_split_goes_before_a_test_split_which_often_has_no_labels(tmp_path, load):
@@ -162,10 +172,15 @@ def test_a_validation_split_goes_before_a_test_split_which_often_has_no_labels(t
 
 @pytest.mark.parametrize(("image", "label"), [("img", "labels"), ("picture", "fine_label"), ("photo", "kind")])
 def test_columns_of_other_names_are_renamed_and_others_dropped(tmp_path, load, image, label):
-    columns = {image: [color(name) for name in COLORS] * 5, "number": range(15), label: [0, 1, 2] * 5}
+    columns = {
+        image: [color(name, number) for number in range(5) for name in COLORS],
+        "number": range(15),
+        label: [0, 1, 2] * 5,
+    }
     features = {image: COLUMNS["image"], "number": Value("int64"), label: COLUMNS["label"]}
     write_parquet(tmp_path / "data", "train", columns, features)
-    check_splits(load(), train=12, test=3)
+    write_parquet(tmp_path / "data", "test", columns, features)
+    check_splits(load(), train=15, test=15)
 
 
 def test_labels_that_are_words_become_classes(tmp_path, load):
@@ -181,7 +196,7 @@ def test_a_word_is_the_same_class_in_both_splits(tmp_path, load):
 
 
 def test_labels_that_are_numbers_stay_in_order(tmp_path, load):
-    columns = {"image": [color("cat")] * 60, "label": [*range(12)] * 5}
+    columns = {"image": [color("cat", number) for number in range(60)], "label": [*range(12)] * 5}
     write_parquet(tmp_path / "data", "train", columns, {"image": Image(), "label": Value("int64")})
     assert load()["train"].features["label"].names == [str(number) for number in range(12)]
 
@@ -358,8 +373,9 @@ def test_folders_around_the_classes_do_not_matter(tmp_path):
 def test_an_unlabelled_test_split_is_not_evaluated_on_and_a_line_says_so(tmp_path, caplog):
     folder = folder_of(tmp_path, files("train/", ["a", "b"], 10) + [f"test/{index}.png" for index in range(4)])
     splits = load_images(data_dir=folder)
-    assert {split: len(data) for split, data in splits.items()} == {"train": 16, "test": 4}
-    assert "'test' has no labels" in caplog.text and "4 of the training images are held out" in caplog.text
+    held = len(splits["test"])
+    assert 2 <= held <= 10 and len(splits["train"]) == 20 - held
+    assert "'test' has no labels" in caplog.text and f"{held} of the training images are held out" in caplog.text
 
 
 def test_images_without_classes_are_an_error(tmp_path):
@@ -491,7 +507,7 @@ def test_lists_of_classes_become_a_number_for_each_class(tmp_path, feature, labe
 def test_numbers_for_several_labels_or_for_a_regression_stay_as_they_are(tmp_path, processor, feature, labels):
     write_table(tmp_path, "train", "label", feature, labels * 5)
     splits = load_images(data_dir=tmp_path)
-    assert {split: len(data) for split, data in splits.items()} == {"train": 8, "test": 2}
+    assert sum(map(len, splits.values())) == 10 and 0 < len(splits["test"]) < 7
     assert splits["train"].features["label"] == feature
     assert sorted([*splits["train"]["label"], *splits["test"]["label"]]) == sorted(labels * 5)
     batch = splits["train"].with_transform(to_pixel_values(processor))[:3]
@@ -526,14 +542,54 @@ def test_columns_and_splits_can_be_named(tmp_path):
         load_images(data_dir=tmp_path, label_column="race")
 
 
-@pytest.mark.parametrize(
-    ("numbers", "held"), [([20, 1], [4, 0]), ([4] * 5, [1] * 5), ([2, 2], [1, 1]), ([3, 30], [1, 6])]
-)
-def test_rare_classes_and_small_sets_hold_out_what_they_allow(tmp_path, numbers, held):
+@pytest.mark.parametrize("numbers", [[20, 1], [4] * 5, [2, 2], [3, 30], [60, 40]])
+def test_every_class_of_two_images_has_one_in_both_splits(tmp_path, numbers):
     names = [f"{chr(97 + label)}/{index}.png" for label, number in enumerate(numbers) for index in range(number)]
     splits = load_images(data_dir=folder_of(tmp_path, names))
     found = [Counter(splits["test"]["label"])[label] for label in range(len(numbers))]
-    assert found == held and sum(map(len, splits.values())) == sum(numbers)
+    assert all(0 < held < number if number > 1 else held == 0 for held, number in zip(found, numbers, strict=True))
+    assert sum(map(len, splits.values())) == sum(numbers)
+    assert sum(found) == pytest.approx(sum(numbers) / 5, abs=1 + len(numbers) + 3 * math.sqrt(0.16 * sum(numbers)))
+
+
+@pytest.mark.parametrize("kind", ["folder", "table", "zip"])
+def test_images_that_come_and_go_move_no_other_between_the_splits(tmp_path, kind):
+    names = [f"{label}/{index}.png" for label in "abc" for index in range(30)]
+    folder = folder_of(tmp_path / "images", names)
+
+    def pixels_of_splits(number: int) -> tuple[set[bytes], set[bytes]]:
+        """The pixels of the images in both splits, with every `number`-th image removed."""
+        for file in sorted(folder.rglob("*.png"))[:: number or 1000]:
+            file.unlink()
+        if kind == "folder":
+            data = load_images(data_dir=folder)
+        elif kind == "zip":
+            (tmp_path / f"zip{number}").mkdir()
+            shutil.make_archive(str(tmp_path / f"zip{number}" / "images"), "zip", folder)
+            data = load_images(data_dir=tmp_path / f"zip{number}")
+        else:
+            files = sorted(folder.rglob("*.png"))
+            rows = {"image": [str(file) for file in files], "label": [file.parent.name for file in files]}
+            features = Features({"image": Image(), "label": Value("string")})
+            (tmp_path / f"table{number}").mkdir()
+            Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"table{number}" / "train.parquet")
+            data = load_images(data_dir=tmp_path / f"table{number}")
+        return {image.tobytes() for image in data["test"]["image"]}, {
+            image.tobytes() for image in data["train"]["image"]
+        }
+
+    test, train = pixels_of_splits(0)
+    fewer_test, fewer_train = pixels_of_splits(7)
+    assert fewer_test < test and fewer_train < train
+
+
+def test_equal_files_are_in_the_same_split(tmp_path):
+    folder = folder_of(tmp_path, [f"{label}/{index}.png" for label in "ab" for index in range(20)])
+    for file in sorted(folder.rglob("*.png")):
+        shutil.copy(file, file.with_name(f"copy of {file.name}"))
+    splits = load_images(data_dir=folder)
+    pixels = [{image.tobytes() for image in splits[split]["image"]} for split in ("train", "test")]
+    assert not pixels[0] & pixels[1] and len(splits["train"]) == 2 * len(pixels[0])
 
 
 def test_images_of_which_no_class_has_two_are_too_few(tmp_path):

@@ -307,6 +307,16 @@ class HydraViTPreTrainedModel(NestedCheckpointMixin, ViTConversionMixin, Adaptab
         elif isinstance(module, TokenRecycling):
             initialization.zeros_(module.weight)
 
+    def train(self, mode: bool = True):
+        """As in torch. A model that goes into `train()` mode drops its cascade, which is fitted to the weights."""
+        if mode and self.config.cascade is not None:
+            self.config.cascade = None
+            logger.warning(
+                "The model goes into `train()` mode, so it drops the cascade in its configuration, which was fitted to "
+                "the weights as they were. Fit it again after training."
+            )
+        return super().train(mode)
+
     def _resolve_num_heads(self, num_heads_active: int | None) -> int:
         """Resolve the width of a pass: the argument, else the configuration, else a draw in training, else all."""
         config = self.config

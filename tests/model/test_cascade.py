@@ -247,6 +247,16 @@ def test_a_model_of_other_labels_has_no_cascade(make_model, tmp_path):
     assert kept.config.cascade == SETTINGS
 
 
+def test_a_model_that_trains_drops_its_cascade_and_says_so(make_model, tmp_path, logged):
+    make_model(cascade=dict(SETTINGS)).save_pretrained(tmp_path)
+    model = HydraViTForImageClassification.from_pretrained(tmp_path)
+    assert model.eval().config.cascade == SETTINGS and not logged
+    assert model.train().config.cascade is None and model.training
+    assert len(logged) == 1 and "Fit it again after training" in logged[0]
+    model.save_pretrained(tmp_path)
+    assert HydraViTForImageClassification.from_pretrained(tmp_path).config.cascade is None
+
+
 @pytest.mark.parametrize(
     "cascade",
     [
