@@ -13,6 +13,8 @@ from .model.configuration_hydravit import HydraViTConfig
 from .model.modeling_hydravit import HydraViTBackbone, HydraViTForImageClassification, HydraViTModel
 from .model.pipeline_hydravit import TASK, HydraViTImageClassificationPipeline
 
+__version__ = "0.2.0"
+
 AutoConfig.register("hydravit", HydraViTConfig)
 AutoModel.register(HydraViTConfig, HydraViTModel)
 AutoModelForImageClassification.register(HydraViTConfig, HydraViTForImageClassification)

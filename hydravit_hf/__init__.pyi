@@ -15,6 +15,8 @@ from .resharding import reshard_checkpoint
 from .training.steps import sample_subnetworks
 from .training.trainer import HydraViTTrainer, HydraViTTrainingArguments
 
+__version__: str
+
 __all__ = [
     "HydraViTBackbone",
     "HydraViTConfig",

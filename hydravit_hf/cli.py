@@ -6,6 +6,7 @@ A command imports what it needs when it runs, so that `hydravit --help` is fast.
 import json
 import sys
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -13,11 +14,26 @@ import typer
 from transformers.utils import logging
 
 app = typer.Typer(
-    help="One Vision Transformer, one checkpoint, any number of attention heads.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(wanted: bool):
+    if wanted:
+        print(f"hydravit_hf {version('hydravit_hf')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    is_version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
+    ] = False,
+):
+    """One Vision Transformer, one checkpoint, any number of attention heads."""
+
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a HydraViT.")]
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a saved HydraViT.")]

@@ -138,7 +138,7 @@ def make_loader(dataset, batch_size: int, num_workers: int = 0) -> DataLoader:
 
 @contextmanager
 def evaluating(model: nn.Module):
-    """Put a model into `eval()` mode within this context, and each of its modules back into its former mode after it."""
+    """Put a model into `eval()` mode within this context, and each module back into its former mode after it."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -13,7 +13,7 @@ from support.exports import trace_once
 from support.thresholds import splitting
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTForImageClassification
 
-from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, evaluate_subnetworks
+from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, __version__, evaluate_subnetworks
 from hydravit_hf.cascade import save_cascade
 from hydravit_hf.data import load_digits, to_pixel_values
 from hydravit_hf.image_processing import make_image_processor
@@ -405,3 +405,7 @@ def test_the_commands_run_on_files_by_width(hydravit, folder, tmp_path):
     assert hydravit("extract", tmp_path / "by-width", 3, tmp_path / "small", "--vit")[0] == 0
     code, out, _ = hydravit("profile", tmp_path / "by-width", "--rounds", 1, "--heads", 2, "--json")
     assert code == 0 and json.loads(out)[0]["num_heads"] == 2
+
+
+def test_the_version_is_that_of_the_package(hydravit):
+    assert hydravit("--version") == (0, f"hydravit_hf {__version__}\n", "")
