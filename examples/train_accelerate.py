@@ -25,6 +25,7 @@ from transformers import default_data_collator, get_cosine_with_min_lr_schedule_
 from transformers.utils import logging
 
 from hydravit_hf import HydraViTForImageClassification, evaluate_subnetworks, profile_subnetworks
+from hydravit_hf.folders import short_name
 from hydravit_hf.hub import push_checkpoint
 from hydravit_hf.model_card import save_model_card
 from hydravit_hf.reporting import format_table
@@ -194,6 +195,7 @@ def main(preemption: runs.Preemption):
         rows = [cost | row for cost, row in zip(costs, rows, strict=True)]
         unused = () if augmentation.augment else asdict(augmentation)
         recipe = {name: value for name, value in recipe.items() if name not in unused and value is not False}
+        recipe |= {name: short_name(value) for name, value in recipe.items() if isinstance(value, str)}
         recipe = yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None)
         card = arguments.describe_card(data_args, model_args, test_images)
         if teacher is not None:

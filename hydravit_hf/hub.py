@@ -1,12 +1,13 @@
 """Publishes a checkpoint on the Hub: checks it first, then uploads it in one commit."""
 
 import json
+import re
 from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import yaml
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
@@ -22,6 +23,7 @@ SENT = [
     *("*_hydravit.py", "preprocessor_config.json", "processor_config.json", "README.md", "results.json"),
     *("accuracy_over_macs.png", "LICENSE", "LICENSE.*", ".gitattributes", "*.onnx", "*.onnx.data"),
 ]
+HOMES = ("/home/", "/Users/", "/root/", "~")  # folders that are nobody else's business
 
 
 def push_checkpoint(
@@ -39,7 +41,7 @@ def push_checkpoint(
     It uploads what a checkpoint consists of: weights, configuration, code, the image processor, the card README.md, its
     plot, results.json, licences and ONNX files. A line names the other files, which stay here: they may hold secrets,
     states of the training or logs. So do links that lead out of the folder. Files that are only in the repository stay,
-    but for weights of its last commit that these replace.
+    but for weights of its last commit that these replace. The code on the uploaded card loads the repository.
 
     All files become one commit. If an upload breaks off, the repository stays as it was, or empty if it is new.
 
@@ -59,9 +61,9 @@ def push_checkpoint(
     Raises:
         FileNotFoundError: The folder does not exist, or lacks its configuration or some of its weights.
         ValueError: The configuration belongs to another model, a weights file is damaged, `shard_by_heads` names a
-            width that was not trained, or the Hub refuses the card. Nothing is uploaded then; only the card is sent, to
-            be checked.
-        OSError: The Hub refuses the upload (`HfHubHTTPError`), fails or can't be reached.
+            width that was not trained, the card names paths of this machine, or the Hub refuses it. Nothing is uploaded
+            then; only the card is sent, to be checked.
+        OSError: There is no token, or the Hub refuses the upload (`HfHubHTTPError`), fails or can't be reached.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -77,6 +79,12 @@ def push_checkpoint(
     names = list(filter_repo_objects(sent, ignore_patterns=DEFAULT_IGNORE_PATTERNS))
     _check_config(folder)
     _check_weights(folder, names)
+    if (token or get_token()) is None:
+        raise OSError("Nothing can be published without a token: run `hf auth login`, or set HF_TOKEN.")
+    if "README.md" in names:
+        _check_local_paths(folder / "README.md")
+    else:
+        logger.warning(f"'{folder}' has no card README.md. `hydravit card {folder}` makes one.")
     paths = {name: folder / name for name in names}
     with TemporaryDirectory() as temporary:
         if shard_by_heads is not False:
@@ -102,7 +110,10 @@ def _commit(paths: dict[str, Path], api: HfApi, repo_id: str, private, revision,
     there = set(api.list_repo_files(repo_id, revision=revision))
     # A load starts from `model.safetensors` if there is one, so an old one must not stay beside a new index
     steps = [CommitOperationDelete(name) for name in sorted(there - paths.keys()) if is_weights(name)]
-    steps += [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in sorted(paths.items())]
+    contents = {name: str(path) for name, path in paths.items()}
+    if "README.md" in paths:
+        contents["README.md"] = _with_repo_id(paths["README.md"].read_text(encoding="utf-8"), repo_id).encode()
+    steps += [CommitOperationAdd(name, content) for name, content in sorted(contents.items())]
     return api.create_commit(repo_id, steps, commit_message=commit_message, revision=revision)
 
 
@@ -149,6 +160,33 @@ def _check_card(file: Path):
         ModelCard.load(file).validate()
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"The Hub does not accept the metadata of '{file}': {error}") from error
+
+
+def _check_local_paths(file: Path):
+    """Raise a `ValueError` if a card tells the folders of this machine, or loads its model from one."""
+    text = file.read_text(encoding="utf-8")
+    found = re.findall(r"(?<![\w.:/])(?:~|/[\w.-]+)(?:/[\w.-]+)+|\b[A-Z]:\\[\w.\\-]+", text)
+    found = {path.rstrip(".") for path in found}  # at the end of a sentence
+    local = {path for path in found if path.startswith(HOMES) or path[0] != "/" or Path(path).exists()}
+    try:
+        metadata = ModelCard(text).data.to_dict()
+    except (ValueError, yaml.YAMLError):
+        metadata = {}  # `_check_card` says what is wrong
+    for name in ("base_model", "datasets"):
+        values = metadata.get(name) or []
+        for value in map(str, [values] if isinstance(values, str) else values):
+            if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", value):
+                local.add(value)
+    if local:
+        raise ValueError(
+            f"'{file}' names what is on this machine only: {', '.join(sorted(local))}. Replace it by an id of the Hub "
+            "or by a name."
+        )
+
+
+def _with_repo_id(text: str, repo_id: str) -> str:
+    """A card of this package whose code loads the repository."""
+    return re.sub('^path = ".*"$', lambda _: f'path = "{repo_id}"', text, count=1, flags=re.MULTILINE)
 
 
 def _read_json(file: Path) -> dict:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support.hub_server import HubServer
 
 from hydravit_hf import HydraViTConfig, HydraViTForImageClassification
 from hydravit_hf.data import load_digits
 from hydravit_hf.image_processing import make_image_processor
+from hydravit_hf.model_card import save_model_card
 from hydravit_hf.reporting import plot_accuracy
 
 SERVED = {".gitattributes"}  # what every repository starts with
@@ -560,6 +563,61 @@ DAMAGES = {
     "a card that is no YAML": (write_card("license: [mit"), "ValueError.*README.md"),
     "a card with a bad model-index": (write_card("model-index:\n- name: digits"), "ValueError.*README.md"),
 }
+
+
+def test_the_code_on_a_pushed_card_loads_the_repository_as_it_stands(hub, user, reader, save, tmp_path):
+    folder, model = save()
+    rows = [{"num_heads": num_heads, "accuracy": 0.5} for num_heads in (3, 6)]
+    save_model_card(folder, model, rows, "saved", model_id="runs/saved")
+    before = contents(folder)
+    push(user, folder, "carded")  # the user's name is that of the token
+    card = hub.repos["user/carded"].files()["README.md"].decode()
+    assert 'path = "user/carded"' in card and "runs/saved" not in card
+    assert contents(folder) == before
+    Image.new("RGB", (20, 20)).save(tmp_path / "image.png")
+    image = f"image = {str(tmp_path / 'image.png')!r}"
+    blocks = re.findall("```python\n(.*?)```", card, flags=re.DOTALL)
+    with_package = "\n".join(blocks[:2]).replace('image = "image.png"', image)
+    assert user(f"{with_package}\nresult = vit.num_parameters()") == model.config.count_parameters(3)
+    without = "\n".join(['path = "user/carded"', image, *blocks[2:]])
+    assert reader(f"{without}\nresult = len(features), len(features[0])") == [1, 3 * model.config.head_dim]
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        "---\nbase_model: ./runs/vit\n---\n# A model\n",
+        "---\nbase_model: /srv/models/vit\n---\n# A model\n",
+        "---\ndatasets: [mnist, ../photos]\n---\n# A model\n",
+        "---\nlicense: mit\n---\nAccuracy on /home/ada/photos.\n",
+        "---\nlicense: mit\n---\n```yaml\ndata_dir: ~/photos/cats\n```\n",
+        "---\nlicense: mit\n---\nTrained on C:\\Users\\ada\\photos.\n",
+        "---\nlicense: mit\n---\nTrained on {folder}.\n",
+    ],
+)
+def test_a_card_that_names_what_is_on_this_machine_only_is_refused(hub, user, save, card):
+    folder, _ = save()
+    (folder / "README.md").write_text(card.replace("{folder}", str(folder)))
+    before = len(hub.log)
+    with pytest.raises(ClientError, match=r"ValueError.*README.md' names what is on this machine only"):
+        push(user, folder, "user/local")
+    assert len(hub.log) == before
+
+
+def test_a_card_may_name_addresses_and_paths_that_are_nobodys(hub, user, save):
+    folder, _ = save()
+    text = (
+        "---\nbase_model: google/vit-base-patch16-224\ndatasets: [mnist]\n---\nSee https://a.b/home/x, and/or 1/2/3.\n"
+    )
+    (folder / "README.md").write_text(text)
+    push(user, folder, "user/addresses")
+    assert hub.repos["user/addresses"].files()["README.md"].decode() == text
+
+
+def test_without_a_token_one_line_says_how_to_get_one(hub, user, save, tmp_path):
+    folder, _ = save()
+    with Client(hub, tmp_path, WITH_THE_PACKAGE) as nobody, pytest.raises(ClientError, match=r"OSError.*hf auth login"):
+        push(nobody, folder, "user/nobody")
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

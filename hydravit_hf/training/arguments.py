@@ -364,7 +364,7 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
 def describe_card(data_args: DataArguments, model_args: ModelArguments, test_images) -> dict:
     """The arguments of `create_model_card` that name the held-out images and the model that training started from."""
     count = None if data_args.streaming else len(test_images)
-    source = data_args.dataset_name or data_args.data_dir or "the handwritten digits of scikit-learn"
+    source = short_name(data_args.dataset_name or data_args.data_dir or "the handwritten digits of scikit-learn")
     if data_args.left_out:
         source += f" ({data_args.left_out} broken images left out)"
     start = model_args.model_name_or_path or model_args.from_vit
