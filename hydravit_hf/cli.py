@@ -4,9 +4,11 @@ A command imports what it needs when it runs, so that `hydravit --help` is fast.
 """
 
 import json
+import re
 import sys
 from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -44,7 +46,7 @@ Data = Annotated[
 Heads = Annotated[
     list[int] | None,
     typer.Option(
-        "--heads", metavar="K", help="Head count of a width. Repeat it for several.", show_default="all trained widths"
+        "--heads", metavar="K", help="Head counts of the widths, such as 3,6,12.", show_default="all trained widths"
     ),
 ]
 ConfigName = Annotated[str | None, typer.Option(metavar="NAME", help="Configuration of a data set on the Hub.")]
@@ -66,6 +68,7 @@ Dtype = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 FINDINGS = {"broken": "broken", "huge": "huge", "duplicates": "in both splits"}
 SERVE = ("multipart", "prometheus_client", "python_multipart", "starlette", "uvicorn")  # modules of the extra `serve`
+REPEATED = ("--heads", "--thresholds")  # options of several numbers
 CRITERION = "Measure of uncertainty: entropy, margin or probability."
 
 
@@ -185,13 +188,13 @@ def predict(
     ] = None,
     heads: Annotated[
         list[int] | None,
-        typer.Option(metavar="K", help="Head count of a width of a cascade. Repeat it, in increasing order."),
+        typer.Option(metavar="K", help="Head counts of a cascade in increasing order, such as 3,12."),
     ] = None,
     thresholds: Annotated[
         list[float] | None,
         typer.Option(
             metavar="X",
-            help="Uncertainty from which an image goes on to the next width of a cascade. Repeat it for each step, or "
+            help="Uncertainty from which an image goes on to the next width of a cascade: one for each step, or "
             "give one for all.",
         ),
     ] = None,
@@ -263,7 +266,7 @@ def cascade(
         list[int] | None,
         typer.Option(
             metavar="K",
-            help="Head count of a width. Repeat it, in increasing order.",
+            help="Head counts of the widths in increasing order, such as 3,6,12.",
             show_default="the narrowest, a middle and the widest",
         ),
     ] = None,
@@ -338,9 +341,7 @@ def export(
     ] = None,
     heads: Annotated[
         list[int] | None,
-        typer.Option(
-            metavar="K", help="Head count of a width. Repeat it to export several widths together, in ONNX only."
-        ),
+        typer.Option(metavar="K", help="Head counts of widths to export together, such as 3,6,12, in ONNX only."),
     ] = None,
     cascade: Annotated[
         bool, typer.Option("--cascade", help="Export the cascade that is saved with the model, in ONNX only.")
@@ -773,6 +774,27 @@ def _printable(text: str) -> str:
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
+def _repeat_options(arguments: list[str]) -> list[str]:
+    """Spell `--heads 3,6` and `--heads 3 6` as click reads several values: `--heads 3 --heads 6`."""
+    spelled, option = [], None
+    for argument in chain.from_iterable(map(_split_option, arguments)):
+        if argument in REPEATED:
+            option = argument
+            spelled.append(option)
+        elif option and re.fullmatch(r"([\d.]+|inf)(,([\d.]+|inf)?)*", argument):
+            for number in filter(None, argument.split(",")):
+                spelled += [number] if spelled[-1] == option else [option, number]
+        else:
+            option = None
+            spelled.append(argument)
+    return spelled
+
+
+def _split_option(argument: str) -> list[str]:
+    name, _, value = argument.partition("=")
+    return [name, value] if name in REPEATED and value else [argument]
+
+
 def main():
     """Run the command.
 
@@ -781,7 +803,7 @@ def main():
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        app()
+        app(_repeat_options(sys.argv[1:]))
     except ModuleNotFoundError as error:
         extra = "serve" if error.name in SERVE else "train"
         sys.exit(f'error: {error}: pip install "hydravit_hf[{extra}]"')

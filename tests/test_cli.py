@@ -13,7 +13,7 @@ from support.exports import trace_once
 from support.thresholds import splitting
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTForImageClassification
 
-from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, __version__, evaluate_subnetworks
+from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, __version__, cli, evaluate_subnetworks
 from hydravit_hf.cascade import save_cascade
 from hydravit_hf.data import load_digits, to_pixel_values
 from hydravit_hf.image_processing import make_image_processor
@@ -409,3 +409,28 @@ def test_the_commands_run_on_files_by_width(hydravit, folder, tmp_path):
 
 def test_the_version_is_that_of_the_package(hydravit):
     assert hydravit("--version") == (0, f"hydravit_hf {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("given", "spelled"),
+    [
+        ("m --heads 3,6 --json", "m --heads 3 --heads 6 --json"),
+        ("--heads 3 6 12 m d", "--heads 3 --heads 6 --heads 12 m d"),
+        ("m --heads=3,6", "m --heads 3 --heads 6"),
+        ("m --heads 3 --heads 6", "m --heads 3 --heads 6"),
+        ("m --heads 3, 6", "m --heads 3 --heads 6"),
+        ("m i --heads 3,12 --thresholds 0.5,inf", "m i --heads 3 --heads 12 --thresholds 0.5 --thresholds inf"),
+        ("m --heads x 3", "m --heads x 3"),
+        ("m 12 --num-heads 3", "m 12 --num-heads 3"),
+    ],
+)
+def test_an_option_takes_several_numbers(given, spelled):
+    assert cli._repeat_options(given.split()) == spelled.split()
+
+
+def test_several_widths_are_profiled_by_one_option(hydravit, folder):
+    for heads in (["1,3"], ["1", "3"]):
+        code, out, _ = hydravit("profile", folder, "--heads", *heads, "--rounds", 1, "--json")
+        assert code == 0 and [row["num_heads"] for row in json.loads(out)] == [1, 3]
+    code, _, err = hydravit("profile", folder, "--heads", "three")
+    assert code == 2 and "--heads" in err
