@@ -3,6 +3,7 @@
 A command imports what it needs when it runs, so that `hydravit --help` is fast.
 """
 
+import csv
 import json
 import re
 import sys
@@ -92,22 +93,45 @@ def profile(
     max_parameters: Annotated[
         float | None, typer.Option(metavar="X", help="Choose the widest with at most these parameters.")
     ] = None,
+    min_accuracy: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, metavar="X", help="Choose the narrowest with this accuracy, a fraction, by results.json."
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Threads of the processor.", show_default="as torch is set")
+    ] = None,
     as_json: Json = False,
 ):
-    """Measure the costs of each width on this machine, and choose the widest that fits a budget."""
+    """Measure the costs of each width on this machine, and choose a width by a budget or an accuracy.
+
+    The accuracy is that of the model's results.json, if it has one.
+    """
+    import torch
+
     from .profiling import choose_num_heads, profile_subnetworks
 
+    if threads is not None:
+        torch.set_num_threads(threads)
     dtype = _dtype(dtype)
     rows = profile_subnetworks(_load(model, device), heads, batch_size, dtype=dtype, rounds=rounds)
+    accuracies = _accuracies(model)
+    rows = [row | accuracies.get(row["num_heads"], {}) for row in rows]
     budgets = {"max_latency_ms": max_latency_ms, "max_memory_mb": max_memory_mb}
     budgets |= {"max_macs": max_macs, "max_parameters": max_parameters}
     budgets = {name: value for name, value in budgets.items() if value is not None}
-    chosen = choose_num_heads(rows, **budgets) if budgets else None
+    if chooses := bool(budgets) or min_accuracy is not None:
+        accurate = rows if min_accuracy is None else _accurate(rows, min_accuracy)
+        widest = choose_num_heads(accurate, **budgets) if budgets else None
+        chosen = widest if min_accuracy is None else accurate[0]["num_heads"]
     if as_json:
-        return _print_json({"rows": rows, "num_heads": chosen} if budgets else rows)
+        return _print_json({"rows": rows, "num_heads": chosen} if chooses else rows)
     _print_rows(rows)
     print(f"\nBatches of {batch_size}, {rows[0]['dtype']}, on {rows[0]['device']}")
-    if budgets:
+    if min_accuracy is not None:
+        print(f"The narrowest with an accuracy of {min_accuracy:.1%}: {chosen} heads")
+    elif budgets:
         print(f"The widest that fits: {chosen} heads")
 
 
@@ -182,7 +206,7 @@ def check_data(
 @app.command()
 def predict(
     model: Model,
-    images: Annotated[list[str], typer.Argument(metavar="IMAGES", help="Paths or URLs of the images.")],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGES", help="Paths or URLs of images, or folders of them.")],
     num_heads: Annotated[
         int | None, typer.Option(min=1, metavar="K", help="Number of heads to run.", show_default="the model's default")
     ] = None,
@@ -206,6 +230,7 @@ def predict(
     batch_size: BatchSize = 8,
     device: Device = None,
     as_json: Json = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, a line for each label of an image.")] = False,
 ):
     """Classify images.
 
@@ -218,6 +243,8 @@ def predict(
     from .model.pipeline_hydravit import TASK
 
     _check_at_most_one({"--num-heads": num_heads, "--heads": heads, "--cascade": cascade})
+    _check_at_most_one({"--json": as_json, "--csv": as_csv})
+    images = [image for given in images for image in _images_in(given)]
     if heads and not thresholds:
         raise ValueError("`--heads` runs a cascade, which needs `--thresholds`. `--num-heads` runs one width.")
     if (thresholds or criterion) and not (heads or cascade):
@@ -231,6 +258,8 @@ def predict(
     bad = [output["error"] for output in outputs if isinstance(output, dict)]
     if as_json:
         _print_json([{"image": image, "output": output} for image, output in zip(images, outputs, strict=True)])
+    elif as_csv:
+        _print_csv(images, outputs)
     else:
         for image, output in zip(images, outputs, strict=True):
             if isinstance(output, list):
@@ -641,9 +670,24 @@ def serve(
             serve(Service(engine, limits, info), bound)
 
 
+def _images_in(source: str) -> list[str]:
+    """The image files in a folder, or what is no folder."""
+    from PIL import Image
+
+    if not Path(source).is_dir():
+        return [source]
+    suffixes = Image.registered_extensions()
+    found = sorted(str(file) for file in Path(source).rglob("*") if file.suffix.lower() in suffixes)
+    if not found:
+        raise FileNotFoundError(f"There are no images in '{source}'.")
+    return found
+
+
 def _load(model: str, device: str | None = None, **kwargs):
+    from .folders import check_path
     from .model.modeling_hydravit import HydraViTForImageClassification
 
+    check_path(model)
     with _naming(model):
         loaded = HydraViTForImageClassification.from_pretrained(model, **kwargs)
     return loaded.to(_device(device))
@@ -652,16 +696,35 @@ def _load(model: str, device: str | None = None, **kwargs):
 def _widths(model: str, engine) -> list[dict]:
     """A row for each width that is served: its costs, the latency of one image, and its accuracy if the model's
     results.json tells it."""
-    from transformers.utils import cached_file
-
     from .profiling import add_costs
 
-    file = cached_file(model, "results.json", _raise_exceptions_for_missing_entries=False)
-    results = json.loads(Path(file).read_text(encoding="utf-8")) if file else []
-    accuracies = {row["num_heads"]: {"accuracy": row["accuracy"]} for row in results if "accuracy" in row}
+    accuracies = _accuracies(model)
     latencies = {row["num_heads"]: row["latency_ms"] for row in engine.rows if row["batch_size"] == 1}
     rows = [{"num_heads": k, "latency_ms": latencies[k]} | accuracies.get(k, {}) for k in engine.heads]
     return add_costs(engine.config, rows)
+
+
+def _accuracies(model: str) -> dict[int, dict]:
+    """The accuracy of each width that the model's results.json tells."""
+    from transformers.utils import cached_file
+
+    file = cached_file(model, "results.json", _raise_exceptions_for_missing_entries=False)
+    results = json.loads(Path(file).read_text(encoding="utf-8")) if file else []
+    return {row["num_heads"]: {"accuracy": row["accuracy"]} for row in results if "accuracy" in row}
+
+
+def _accurate(rows: list[dict], min_accuracy: float) -> list[dict]:
+    known = [row for row in rows if "accuracy" in row]
+    if not known:
+        raise ValueError("`--min-accuracy` needs a results.json: `hydravit evaluate --output` writes it.")
+    accurate = [row for row in known if row["accuracy"] >= min_accuracy]
+    if not accurate:
+        best = max(known, key=lambda row: row["accuracy"])
+        raise ValueError(
+            f"No width has an accuracy of {min_accuracy:.1%}. The best, {best['num_heads']} heads, has "
+            f"{best['accuracy']:.1%}."
+        )
+    return accurate
 
 
 def _device(name: str | None) -> str:
@@ -683,7 +746,10 @@ def _dtype(name: str | None):
 
 def _load_splits(data: str, **columns: str | None):
     from .data import load_images
+    from .folders import check_path
 
+    if data != "digits":
+        check_path(data)
     sources = {} if data == "digits" else {"data_dir" if Path(data).is_dir() else "dataset_name": data}
     return load_images(**sources, **{name: value for name, value in columns.items() if value is not None})
 
@@ -763,6 +829,17 @@ def _print_rows(rows: list[dict]):
     from .reporting import format_table
 
     print(format_table(rows))
+
+
+def _print_csv(images: list[str], outputs: list):
+    is_cascade = any("num_heads" in row for output in outputs if isinstance(output, list) for row in output)
+    columns = ["image", "rank", "label", "score", *(["num_heads", "macs"] if is_cascade else [])]
+    lines = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
+    lines.writeheader()
+    for image, output in zip(images, outputs, strict=True):
+        if isinstance(output, list):
+            for rank, row in enumerate(output, start=1):
+                lines.writerow({"image": image, "rank": rank, **row, "label": _printable(row["label"])})
 
 
 def _print_json(value):

@@ -1,5 +1,6 @@
 """Checks and names folders."""
 
+from difflib import get_close_matches
 from pathlib import Path
 
 
@@ -17,3 +18,18 @@ def check_new_or_empty(folder: Path):
 def short_name(source: str) -> str:
     """The Hub id of a model or data set, or the name of a local folder without those above it."""
     return Path(source).resolve().name if Path(source).exists() else source
+
+
+def check_path(source: str):
+    """Raise a `FileNotFoundError` if a name is a mistyped path rather than a Hub id, so that the Hub is not asked.
+
+    That is what begins with `.`, `/` or `~`, has more than one `/`, or has a like name beside it.
+    """
+    path = Path(source)
+    if path.exists():
+        return
+    beside = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+    similar = get_close_matches(path.name, beside, n=1)
+    if source.startswith((".", "/", "~")) or len(path.parts) > 2 or path.is_absolute() or similar:
+        hint = f" Do you mean '{path.parent / similar[0]}'?" if similar else ""
+        raise FileNotFoundError(f"There is no folder '{source}'.{hint}")

@@ -1,5 +1,6 @@
 """The `hydravit` command says what the functions give, as tables or JSON, and fails with one line."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -434,3 +435,43 @@ def test_several_widths_are_profiled_by_one_option(hydravit, folder):
         assert code == 0 and [row["num_heads"] for row in json.loads(out)] == [1, 3]
     code, _, err = hydravit("profile", folder, "--heads", "three")
     assert code == 2 and "--heads" in err
+
+
+def test_a_folder_of_images_is_classified_and_printed_as_csv(hydravit, folder, images):
+    files = sorted(str(file) for file in (images / "test").rglob("*.png"))
+    code, out, _ = hydravit("predict", folder, images / "test", "--csv", "--top-k", 2)
+    rows = list(csv.DictReader(out.splitlines()))
+    assert code == 0 and [row["image"] for row in rows[::2]] == files and {row["rank"] for row in rows} == {"1", "2"}
+    _, out, _ = hydravit("predict", folder, *files, "--json", "--top-k", 2)
+    expected = [row for output in json.loads(out) for row in output["output"]]
+    assert [(row["label"], float(row["score"])) for row in rows] == [(row["label"], row["score"]) for row in expected]
+    _, out, _ = hydravit("predict", folder, files[0], "--csv", "--heads", "1,3", "--thresholds", 0)
+    assert next(csv.DictReader(out.splitlines()))["num_heads"] == "3"
+    (images / "empty").mkdir()
+    code, _, err = hydravit("predict", folder, images / "empty")
+    assert code == 1 and "There are no images in" in err
+
+
+def test_a_profile_shows_the_accuracy_and_chooses_by_it(hydravit, folder):
+    code, _, err = hydravit("profile", folder, "--rounds", 1, "--min-accuracy", 0.5)
+    assert code == 1 and "`--min-accuracy` needs a results.json" in err
+    results = [{"num_heads": num_heads, "accuracy": num_heads / 10} for num_heads in (1, 3, 5)]
+    Path(folder, "results.json").write_text(json.dumps(results))
+    threads = torch.get_num_threads()
+    code, out, _ = hydravit("profile", folder, "--heads", "1,3,5", "--rounds", 1, "--min-accuracy", 0.2, "--threads", 3)
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(threads)
+    assert code == 0 and "accuracy" in out and "The narrowest with an accuracy of 20.0%: 3 heads" in out
+    code, _, err = hydravit("profile", folder, "--rounds", 1, "--min-accuracy", 0.9)
+    assert code == 1 and "The best, 5 heads, has 50.0%" in err
+    code, _, err = hydravit("profile", folder, "--rounds", 1, "--min-accuracy", 0.4, "--max-macs", 1)
+    assert code == 1 and "No width fits. The narrowest, 5 heads" in err
+
+
+@pytest.mark.parametrize("typed", ["./missing", "/missing", "a/b/c", "{folder}s"])
+def test_a_mistyped_path_is_not_sought_on_the_hub(hydravit, folder, typed):
+    typed = typed.replace("{folder}", str(folder))
+    for arguments in (("profile", typed), ("evaluate", typed, "digits"), ("evaluate", folder, typed)):
+        code, out, err = hydravit(*arguments)
+        assert code == 1 and not out and f"There is no folder '{typed}'." in err
+    assert (f"Do you mean '{folder}'" in err) == typed.endswith("tinys")
