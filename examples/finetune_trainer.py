@@ -33,6 +33,7 @@ from hydravit_hf.training.arguments import (
     parse_arguments,
     print_results,
 )
+from hydravit_hf.training.runs import ends_in_one_line
 
 DIGITS = "runs/digits"  # where train_accelerate.py leaves its model
 DEFAULTS = {
@@ -136,4 +137,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with ends_in_one_line():
+        main()

@@ -213,5 +213,5 @@ def main(preemption: runs.Preemption):
 
 
 if __name__ == "__main__":
-    with runs.Preemption() as preemption:
+    with runs.ends_in_one_line(), runs.Preemption() as preemption:
         main(preemption)

@@ -32,6 +32,7 @@ from hydravit_hf.training.arguments import (
     parse_arguments,
     print_results,
 )
+from hydravit_hf.training.runs import ends_in_one_line
 
 DEFAULTS = {
     "output_dir": "runs/trainer-digits",
@@ -95,4 +96,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with ends_in_one_line():
+        main()

@@ -138,7 +138,7 @@ def test_a_run_that_is_killed_or_told_to_end_and_resumed_has_the_weights_of_one_
     options = [*TINY, "--checkpointing_steps", "4", "--gradient_accumulation_steps", "2", "--augment"]
     options += ["--mixup_alpha", "0.2", "--subnetwork_sampling", "sandwich", "--distillation_weight", "0.5"]
     finish("train_accelerate.py", "--output_dir", tmp_path / "whole", *options)
-    for sent, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 0)):
+    for sent, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 0), (signal.SIGINT, 130)):
         folder = tmp_path / sent.name
         stopped = ["train_accelerate.py", "--output_dir", folder, *options]
         # in the middle of the second epoch of 11 steps

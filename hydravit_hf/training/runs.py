@@ -6,8 +6,9 @@ import os
 import re
 import shutil
 import signal
+import sys
 import threading
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -119,6 +120,16 @@ class Preemption:
             return self.noted
         noted = torch.tensor([float(self.noted)], device=accelerator.device)
         return accelerator.reduce(noted, "sum").item() > 0
+
+
+@contextmanager
+def ends_in_one_line():
+    """Within this context, Ctrl-C ends a script with one line and the exit code 130, as shells expect."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("\nInterrupted. `--resume_from_checkpoint latest` goes on from the last checkpoint.", file=sys.stderr)
+        sys.exit(130)
 
 
 def save_checkpoint(accelerator, output_dir: Path, step: int, keep: int | None = None):
