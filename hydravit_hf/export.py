@@ -20,6 +20,7 @@ from .folders import is_new_or_empty
 from .model.cascade_hydravit import check_chooses_one_label
 from .model.configuration_hydravit import as_pair
 from .model.modeling_hydravit import HydraViTForImageClassification
+from .model.quantization_hydravit import is_quantized
 from .onnx_graphs import as_cascade, save_onnx, save_with_shared_weights, tidy, with_width_as_input
 
 EXECUTORCH_BATCH = 8  # default of `max_batch_size`, because ExecuTorch reserves the memory for it
@@ -180,6 +181,11 @@ def _check(model: HydraViTForImageClassification, format: str):
         raise ValueError(f"`format` must be one of {', '.join(_FORMATS)}, not {format!r}.")
     if model.base_model is model:
         raise ValueError("`model` must be a HydraViTForImageClassification: an exported model is a classifier.")
+    if is_quantized(model) and format != "torch_export":
+        raise ValueError(
+            f"Quantized weights can be exported as 'torch_export' only, not as '{format}': export the weights from "
+            "before, and quantize the file with the tools of its runtime."
+        )
     if missing := [package for package in _FORMATS[format][1] if find_spec(package) is None]:
         raise ImportError(f"The format '{format}' needs {', '.join(missing)}: pip install \"hydravit_hf[export]\"")
 

@@ -9,7 +9,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 from .model.configuration_hydravit import HydraViTConfig
 from .model.files_hydravit import ENTRIES, SHARD, disk_errors, locked, move_checkpoint, staging
 from .model.nesting_hydravit import count_heads
-from .model.shards_hydravit import find_weights, open_weights, resolve_shard_heads, write_by_heads
+from .model.shards_hydravit import FILE_METADATA, find_weights, open_weights, resolve_shard_heads, write_by_heads
 
 
 def reshard_checkpoint(
@@ -51,16 +51,17 @@ def reshard_checkpoint(
     if not shards:
         raise FileNotFoundError(f"'{folder}' has no safetensors files.")
     with disk_errors(new_folder), staging(new_folder) as staged:
-        with open_weights(shards) as stored:
+        with open_weights(shards) as (stored, metadata):
             tensors = {name: tensor[tuple(map(slice, tensor.shape))] for name, tensor in stored.items()}
         if count_heads(tensors, config) != config.num_attention_heads:
             raise ValueError(
                 f"The weights in '{folder}' are not of the {config.num_attention_heads} heads in its {CONFIG_NAME}."
             )
         if heads:
-            write_by_heads(staged, tensors, config, heads, max_shard_size)
+            write_by_heads(staged, tensors, config, heads, max_shard_size, metadata)
         else:
-            save_file(tensors, staged / SAFE_WEIGHTS_NAME, {"format": "pt"})
+            metadata = {name: text for name, text in metadata.items() if name not in FILE_METADATA}
+            save_file(tensors, staged / SAFE_WEIGHTS_NAME, {"format": "pt"} | metadata)
         if new_folder != folder:
             for file in folder.iterdir():
                 if file.is_file() and not is_weights(file.name):

@@ -17,17 +17,18 @@ MODEL = {
     "configuration": set(),
     "files": set(),
     "fetching": set(),
-    "recycling": set(),
+    "quantization": set(),
+    "recycling": {"quantization"},
     "nesting": {"configuration"},
     "cascade": {"configuration"},
     "images": {"fetching"},
     "pipeline": {"images"},
     "sources": {"configuration"},
-    "vit": {"configuration", "nesting", "sources"},
-    "shards": {"configuration", "files", "nesting"},
+    "vit": {"configuration", "nesting", "quantization", "sources"},
+    "shards": {"configuration", "files", "nesting", "quantization"},
     "lora": {"nesting", "recycling"},
-    "checkpoint": {"configuration", "files", "lora", "nesting", "shards", "pipeline"},
-    "modeling": {"configuration", "nesting", "vit", "checkpoint", "lora", "recycling", "cascade"},
+    "checkpoint": {"configuration", "files", "lora", "nesting", "quantization", "shards", "pipeline"},
+    "modeling": {"configuration", "nesting", "vit", "checkpoint", "lora", "quantization", "recycling", "cascade"},
 }
 TRAVELLING = [f"model.{name}_hydravit" for name in MODEL]
 # The other files import what is in lines above theirs, and nothing of their own line.
@@ -47,6 +48,8 @@ LAYERS = [
     ["cli"],
     ["__init__"],
 ]
+# What the network imports when an adapter is added, and when quantized weights are loaded
+WHEN_NEEDED = {"model.lora_hydravit": {"peft"}, "model.quantization_hydravit": {"torchao"}}
 NEEDED_BY_TRANSFORMERS = {"huggingface_hub", "numpy", "safetensors", "torch"}
 MODULES = {".".join(file.relative_to(PACKAGE).with_suffix("").parts): file for file in PACKAGE.rglob("*.py")}
 
@@ -109,7 +112,7 @@ def test_only_saving_imports_the_pipeline():
 def test_what_travels_imports_what_transformers_needs_and_each_other_only(module):
     assert OWN[module] <= set(TRAVELLING)
     allowed = {*sys.stdlib_module_names, *NEEDED_BY_TRANSFORMERS, "transformers"}
-    assert OTHERS[module] <= allowed | {"PIL", "peft"}
+    assert OTHERS[module] <= allowed | {"PIL", "peft", "torchao"}
     assert set(get_imports(MODULES[module])) <= allowed  # transformers needs these; an image library is imported if any
     for statement in ast.walk(tree(module)):
         assert not isinstance(statement, ast.ImportFrom) or statement.module  # `from . import x` copies no file
@@ -119,17 +122,15 @@ def test_importing_the_package_needs_no_extra():
     dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = {
         name
-        for group in ("train", "study", "space", "serve", "export", "lora")
+        for group in ("train", "study", "space", "serve", "export", "lora", "quantize")
         for name in dependencies["optional-dependencies"][group]
     }
-    extras = {name.replace("scikit-learn", "sklearn") for name in extras} | {"torchao", "onnx_ir"}
+    extras = {name.replace("scikit-learn", "sklearn") for name in extras} | {"onnx_ir"}
     todo, seen = {"__init__"}, set()
     while todo:
         module = todo.pop()
         seen.add(module)
-        others = OTHERS[module]
-        if module == "model.lora_hydravit":  # the network imports it when an adapter is added
-            others = others - {"peft"}
+        others = OTHERS[module] - WHEN_NEEDED.get(module, set())
         assert others.isdisjoint(extras), module
         todo |= OWN[module] - seen
     assert seen == {"__init__", *TRAVELLING}

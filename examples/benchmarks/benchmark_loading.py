@@ -65,7 +65,7 @@ class Slice:
 @contextmanager
 def open_slices(shards):
     with safe_open(shards[0].path, "pt") as file:
-        yield {name: Slice(file, name) for name in file.keys()}  # noqa: SIM118
+        yield {name: Slice(file, name) for name in file.keys()}, {}  # noqa: SIM118
 
 
 def load(folder: Path, way: str, config: HydraViTConfig) -> dict:

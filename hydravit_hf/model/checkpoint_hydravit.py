@@ -23,7 +23,7 @@ from transformers.utils import (
 )
 
 from .configuration_hydravit import HydraViTConfig
-from .files_hydravit import disk_errors, locked, move_checkpoint, staging, state_of
+from .files_hydravit import disk_errors, locked, move_checkpoint, read_header, staging, state_of
 from .nesting_hydravit import (
     assemble,
     count_heads,
@@ -32,6 +32,7 @@ from .nesting_hydravit import (
     leading_blocks,
     own_parameters,
 )
+from .quantization_hydravit import carry_quantizer, check_groups, check_method, restore_weights
 from .shards_hydravit import find_weights, is_by_heads, open_weights, resolve_shard_heads, write_by_heads
 
 _LOADS = 20  # a load is tried so often while other processes save
@@ -64,7 +65,8 @@ class NestedCheckpointMixin:
         The folder of an adapter loads the model that the adapter belongs to, with the adapter on.
 
         Raises:
-            ValueError: A width is out of range, or the weights belong to another architecture.
+            ValueError: A width is out of range, the weights belong to another architecture, or they are quantized in a
+                way that can't be cut to other widths.
             OSError: The checkpoint does not exist, or a file is truncated or damaged. The message names it.
             RuntimeError: The weights have other shapes than the configuration says.
         """
@@ -101,8 +103,11 @@ class NestedCheckpointMixin:
             named = getattr(config, "transformers_weights", None)  # a file of another name, as transformers allows
             which = (config.num_attention_heads, kwargs.get("variant"), named)
             shards = find_weights(pretrained_model_name_or_path, *which, hub_kwargs)
+        quantization = vars(config).get("quantization_config")
+        check_method(quantization)
+        check_method(kwargs.get("quantization_config"))
         by_heads = is_by_heads(shards)
-        with open_weights(shards) as stored:
+        with open_weights(shards) as (stored, metadata):
             # 2. Does it fit?
             saved = _saved_config(pretrained_model_name_or_path, config, hub_kwargs) if shards else config
             if saved is not config and not kwargs.get("ignore_mismatched_sizes"):
@@ -115,16 +120,23 @@ class NestedCheckpointMixin:
                 )
             is_whole = (held, saved.patch_grid) == (config.num_attention_heads, config.patch_grid)
             if held is None or (is_whole and not by_heads):
-                return super().from_pretrained(
+                loaded = super().from_pretrained(
                     pretrained_model_name_or_path, *model_args, config=config, **hub_kwargs, **kwargs
                 )
+                check_groups(loaded[0] if isinstance(loaded, tuple) else loaded)
+                return loaded
+            if quantization and held < config.num_attention_heads:
+                raise ValueError(f"The weights are quantized: the checkpoint can't grow beyond its {held} heads.")
             # 3. The blocks of this width
             blocks = leading_blocks(stored, saved.resized(config.num_attention_heads))
+        if quantization:
+            blocks = restore_weights(blocks, metadata)
         blocks = fit_positions_to_grid(blocks, saved.patch_grid, config.patch_grid)
         if held < config.num_attention_heads:
             blocks = fill_leading_blocks(cls(config, *model_args), blocks)
         loaded = super().from_pretrained(None, *model_args, config=config, state_dict=blocks, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple if the caller wants the loading info
+        check_groups(model)
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         if adapter:
             source = {name: value for name, value in adapter.items() if name != "_adapter_model_path"}
@@ -180,7 +192,7 @@ class NestedCheckpointMixin:
         Raises:
             OSError: The disk is full, or can't be written for another reason.
             ValueError: `shard_by_heads` names a width that was not trained, or comes with `variant`, `push_to_hub`,
-                `distributed_checkpoint`, an adapter or quantized weights.
+                `distributed_checkpoint` or an adapter.
         """
         from .pipeline_hydravit import TASK, HydraViTImageClassificationPipeline  # this import makes its file travel
 
@@ -205,8 +217,11 @@ class NestedCheckpointMixin:
             else:  # transformers writes one file, with all that it gathers from elsewhere
                 super().save_pretrained(folder, **kwargs | {"max_shard_size": sys.maxsize})
                 tensors = load_file(folder / SAFE_WEIGHTS_NAME)
+                with open(folder / SAFE_WEIGHTS_NAME, "rb") as file:
+                    _, metadata = read_header(file)
                 (folder / SAFE_WEIGHTS_NAME).unlink()  # its memory map stays
-                write_by_heads(folder, tensors, self.config, heads, kwargs.get("max_shard_size", "50GB"))
+                max_shard_size = kwargs.get("max_shard_size", "50GB")
+                write_by_heads(folder, tensors, self.config, heads, max_shard_size, metadata)
             with locked(directory):
                 move_checkpoint(folder, directory)
 
@@ -215,8 +230,8 @@ class NestedCheckpointMixin:
         if given := [name for name in ("variant", "push_to_hub", "distributed_checkpoint") if options.get(name)]:
             advice = " `push_checkpoint` publishes a saved folder." if "push_to_hub" in given else ""
             raise ValueError(f"`shard_by_heads` can't be combined with `{given[0]}`.{advice}")
-        if getattr(self, "_hf_peft_config_loaded", False) or getattr(self, "hf_quantizer", None) is not None:
-            raise ValueError("`shard_by_heads` can't split adapters or quantized weights into widths.")
+        if getattr(self, "_hf_peft_config_loaded", False):
+            raise ValueError("`shard_by_heads` can't split adapters into widths.")
         return resolve_shard_heads(shard_by_heads, self.config)
 
     def extract_subnetwork(self, num_heads: int):
@@ -228,7 +243,8 @@ class NestedCheckpointMixin:
             ValueError: `num_heads` is not from 1 to the heads held, or the parameters are offloaded or adapted.
         """
         config = self.config.resized(self.config.check_num_heads(num_heads))
-        return assemble(type(self), config, leading_blocks(own_parameters(self), config)).train(self.training)
+        model = assemble(type(self), config, leading_blocks(own_parameters(self), config))
+        return carry_quantizer(self, model).train(self.training)
 
 
 def _find_adapter(checkpoint, adapter_kwargs: dict | None, hub_kwargs: dict) -> tuple:

@@ -38,6 +38,7 @@ from .cascade_hydravit import CascadeOutput, run_cascade
 from .checkpoint_hydravit import NestedCheckpointMixin
 from .configuration_hydravit import HydraViTConfig, as_pair, grid_of
 from .nesting_hydravit import interpolate_positions
+from .quantization_hydravit import cut_weight, refuse_layer, refuse_qconfig
 from .recycling_hydravit import TokenRecycling, forward_stages
 from .vit_hydravit import ViTConversionMixin
 
@@ -59,7 +60,7 @@ class PrefixLinear(nn.Linear):
         width, weight, bias = hidden_states.shape[-1], self.weight, self.bias
         if width < self.in_features:
             out_width = self.out_features * width // self.in_features
-            weight = weight[:out_width, :width]
+            weight = cut_weight(weight, out_width, width)
             bias = None if bias is None else bias[:out_width]
         return nn.functional.linear(hidden_states, weight, bias)
 
@@ -68,7 +69,8 @@ class PrefixClassifier(nn.Linear):
     """Maps any width to all labels. Only its input is cut, because every subnetwork predicts the same labels."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(hidden_states, self.weight[:, : hidden_states.shape[-1]], self.bias)
+        weight = cut_weight(self.weight, self.out_features, hidden_states.shape[-1])
+        return nn.functional.linear(hidden_states, weight, self.bias)
 
 
 class PrefixLayerNorm(nn.LayerNorm):
@@ -93,6 +95,9 @@ class PrefixConv2d(nn.Conv2d):
         return nn.functional.conv2d(pixel_values.to(weight.dtype), weight, bias, stride=self.stride)
 
 
+PREFIX_LAYERS = (PrefixLinear, PrefixClassifier, PrefixConv2d, TokenRecycling)
+
+
 class SeparateClassifiers(nn.Module):
     """Holds one classifier for each of the S subnetworks (paper, "separate classifiers").
 
@@ -114,10 +119,11 @@ class SeparateClassifiers(nn.Module):
 
 
 class AdaptableModule(nn.Module):
-    """Holds `Prefix...` layers that an adapter may wrap.
+    """Holds `Prefix...` layers that an adapter may wrap, and a quantizer may not replace.
 
     PEFT replaces a layer of the model by one of its own around it, which knows nothing of widths. Here it learns of
-    them: so every way to add an adapter, or to load one, gives an adapter for every width.
+    them: so every way to add an adapter, or to load one, gives an adapter for every width. The layers that quantizers
+    put in place of a `Prefix...` layer can't learn it, and are refused.
     """
 
     def __setattr__(self, name: str, value):
@@ -125,6 +131,8 @@ class AdaptableModule(nn.Module):
             from .lora_hydravit import adopt
 
             adopt(value)
+        elif isinstance(value, nn.Module) and isinstance(self._modules.get(name), PREFIX_LAYERS):
+            refuse_layer(value, self._modules[name])
         super().__setattr__(name, value)
 
 
@@ -293,6 +301,11 @@ class HydraViTPreTrainedModel(NestedCheckpointMixin, ViTConversionMixin, Adaptab
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": HydraViTLayer, "attentions": HydraViTAttention}
     _input_embed_layer = "patch_embeddings"
+
+    def __setattr__(self, name: str, value):
+        if name == "qconfig":  # `torch.ao.quantization` sets it on all that it is about to quantize
+            refuse_qconfig()
+        super().__setattr__(name, value)
 
     @torch.no_grad()
     def _init_weights(self, module):

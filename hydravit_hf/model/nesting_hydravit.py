@@ -35,14 +35,14 @@ def width_dims(name: str, ndim: int) -> tuple[int, ...]:
     """The dimensions of a parameter that grow with the number of heads.
 
     The other dimensions are labels, tokens, input channels and the pixels of a patch. A classifier with one dimension
-    more than usual is the stack of `SeparateClassifiers`.
+    more than usual is the stack of `SeparateClassifiers`. The parts of a quantized weight have the weight's dimensions.
 
     Example:
         >>> from hydravit_hf.model.nesting_hydravit import width_dims
         >>> width_dims("hydravit.layers.0.mlp.fc1.weight", 2), width_dims("classifier.weight", 2)
         ((0, 1), (1,))
     """
-    name = name.removeprefix("hydravit.")
+    name = re.sub(r"[.]_weight_\w+$", ".weight", name.removeprefix("hydravit."))
     if name == "classifier.weight":
         return (1,) if ndim == 2 else (0, 2)
     if name == "classifier.bias":
@@ -63,7 +63,8 @@ def leading_shapes(stored: dict, config: HydraViTConfig) -> dict[str, tuple[int,
             continue
         shape = list(tensor.shape)
         for dim in width_dims(name, len(shape)):
-            shape[dim] = min(shape[dim], shape[dim] * config.num_attention_heads // held)
+            if shape[dim] > 1:  # a scale that a whole row shares belongs to every width
+                shape[dim] = min(shape[dim], shape[dim] * config.num_attention_heads // held)
         if name.removeprefix("hydravit.").startswith("classifier.") and config.separate_classifiers:
             shape[0] = min(tensor.shape[0], len(config.subnetwork_heads))
         shapes[name] = tuple(shape)

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from .quantization_hydravit import cut_weight, is_quantized
+
 
 class TokenRecycling(nn.Linear):
     """Adds a projection of the narrower stage's tokens, (B, N, D'), to the embeddings of a stage, (B, N, D).
@@ -22,13 +24,13 @@ class TokenRecycling(nn.Linear):
 
     def forward(self, hidden_states: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
         if tokens is None:  # the first stage: nothing to add but a gradient of zeros, which DDP waits for
-            return hidden_states + self.weight[:0].sum() + self.bias[:0].sum()
+            return hidden_states if is_quantized(self) else hidden_states + self.weight[:0].sum() + self.bias[:0].sum()
         batch, count, width = hidden_states.shape
         if tokens.ndim != 3 or tokens.shape[:2] != (batch, count) or tokens.shape[2] > width:
             raise ValueError(
                 f"`recycled_tokens` must have the shape ({batch}, {count}, at most {width}), not {tuple(tokens.shape)}."
             )
-        weight, bias = self.weight[:width, : tokens.shape[-1]], self.bias[:width]
+        weight, bias = cut_weight(self.weight, width, tokens.shape[-1]), self.bias[:width]
         return hidden_states + nn.functional.linear(tokens, weight, bias)
 
 

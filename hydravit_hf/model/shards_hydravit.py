@@ -25,8 +25,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from .configuration_hydravit import HydraViTConfig
 from .files_hydravit import StoredTensor, advise, empty_slice, read_header, save_tensors
 from .nesting_hydravit import leading_shapes
+from .quantization_hydravit import cut_metadata
 
 PART = re.compile(r"(?P<name>.+)[.]heads_(?P<first>\d+)_to_(?P<last>\d+)[.]dim_(?P<dim>\d)")
+FILE_METADATA = ("format", "checkpoint", "heads")  # the others describe quantized weights
 
 
 class Shard(NamedTuple):
@@ -102,10 +104,10 @@ def _read_widths(weight_map: dict[str, str], heads: dict[str, list[str]], checkp
 
 @contextmanager
 def open_weights(shards: list[Shard]):
-    """The tensors in the files of a checkpoint. The files stay open until all is read, so that a save in the meantime
-    can't mix two checkpoints."""
+    """The tensors in the files of a checkpoint, and the metadata of the widest file. The files stay open until all is
+    read, so that a save in the meantime can't mix two checkpoints."""
     with ExitStack() as files:
-        stored = {}
+        stored, described = {}, {}
         for shard in shards:
             file = files.enter_context(open(shard.path, "rb"))
             header, metadata = read_header(file)
@@ -114,8 +116,8 @@ def open_weights(shards: list[Shard]):
             if twice := stored.keys() & header.keys():
                 raise OSError(f"'{shard.path}' holds '{min(twice)}', which another shard holds as well.")
             advise(file, is_needed_whole=shard.heads is not None)
-            stored |= header
-        yield _join(stored) if is_by_heads(shards) else stored
+            stored, described = stored | header, described | metadata
+        yield _join(stored) if is_by_heads(shards) else stored, described
 
 
 def is_by_heads(shards: list[Shard]) -> bool:
@@ -196,6 +198,7 @@ def write_by_heads(
     config: HydraViTConfig,
     heads: list[int],
     max_shard_size: int | str = "50GB",
+    metadata: dict[str, str] | None = None,
 ):
     """Write the weights of a model into a folder, in files by width.
 
@@ -205,15 +208,18 @@ def write_by_heads(
         config: Configuration of the model.
         heads: The widths that get a file, with all heads last.
         max_shard_size: Size beyond which the files of one width are split further.
+        metadata: Metadata of quantized weights. Each file gets those of its width.
     """
     checkpoint = _hash(tensors)
+    saved = {name: text for name, text in sorted((metadata or {}).items()) if name not in FILE_METADATA}
     metadata, weight_map = {"checkpoint": checkpoint, "heads": {}}, {}
     for first, last, parts in split_by_heads(tensors, config, heads):
+        described = cut_metadata(saved, leading_shapes(tensors, config.resized(last)))
         split = split_torch_state_dict_into_shards(
             parts, filename_pattern=f"model-{last:02d}-heads{{suffix}}.safetensors", max_shard_size=max_shard_size
         )
         for file, names in split.filename_to_tensors.items():
-            held = {"format": "pt", "checkpoint": checkpoint, "heads": f"{first}-{last}"}
+            held = {"format": "pt", "checkpoint": checkpoint, "heads": f"{first}-{last}"} | described
             save_tensors({name: parts[name] for name in names}, folder / file, held)
         weight_map |= split.tensor_to_filename
         metadata["heads"][str(last)] = sorted(split.filename_to_tensors)

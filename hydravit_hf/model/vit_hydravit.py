@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from .configuration_hydravit import grid_of
 from .nesting_hydravit import assemble, fill_leading_blocks, fit_positions_to_grid, leading_blocks, own_parameters
+from .quantization_hydravit import carry_quantizer
 from .sources_hydravit import SHARED_ARGUMENTS, places_of_labels, read_source
 
 logger = logging.get_logger(__name__)
@@ -107,4 +108,4 @@ class ViTConversionMixin:
             vit = assemble(ViTModel, vit_config, blocks, add_pooling_layer=False)
         else:
             vit = assemble(ViTForImageClassification, vit_config, blocks)
-        return vit.train(self.training)
+        return carry_quantizer(self, vit).train(self.training)

@@ -167,9 +167,6 @@ def test_a_load_that_quantizes_gives_the_same_weights_from_both_formats(model, i
         one, many = (CLASSIFIER.from_pretrained(path, **options)(images).logits for path in (tmp_path / "one", folder))
         assert torch.equal(one, many)
         assert not torch.equal(one, model(images, num_heads_active=num_heads).logits)
-    quantized = CLASSIFIER.from_pretrained(folder, **options)
-    with pytest.raises(ValueError, match="can't split adapters or quantized weights"):
-        quantized.save_pretrained(tmp_path / "quantized", shard_by_heads=True)
 
 
 def test_a_width_needs_the_files_up_to_it_only(model, folder):
