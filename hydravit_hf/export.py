@@ -181,10 +181,10 @@ def _check(model: HydraViTForImageClassification, format: str):
         raise ValueError(f"`format` must be one of {', '.join(_FORMATS)}, not {format!r}.")
     if model.base_model is model:
         raise ValueError("`model` must be a HydraViTForImageClassification: an exported model is a classifier.")
-    if is_quantized(model) and format != "torch_export":
+    if is_quantized(model) and format in ("onnx", "openvino"):
         raise ValueError(
-            f"Quantized weights can be exported as 'torch_export' only, not as '{format}': export the weights from "
-            "before, and quantize the file with the tools of its runtime."
+            f"Quantized weights can't be exported as '{format}': export the weights from before, and quantize the file "
+            "with the tools of its runtime."
         )
     if missing := [package for package in _FORMATS[format][1] if find_spec(package) is None]:
         raise ImportError(f"The format '{format}' needs {', '.join(missing)}: pip install \"hydravit_hf[export]\"")

@@ -1,5 +1,6 @@
 """Benchmarks and studies measure what they say, in turns, and their results are those that the docs show."""
 
+import argparse
 import gzip
 import importlib
 import json
@@ -401,3 +402,43 @@ def test_the_table_on_elastify_is_that_of_the_results(elastify_study):
     for arm in set(names.values()):  # the learning rate is the better one
         means = {rate: np.mean(rows[f"tuning/{arm}/{rate}"]["validation"]) for rate in elastify_study.LEARNING_RATES}
         assert max(means, key=means.get) == 1e-3
+
+
+# --- lora_study.py and benchmark_quantization.py ---
+
+
+@pytest.mark.filterwarnings("ignore")  # of PEFT
+def test_the_study_of_lora_trains_each_arm_once_and_reports_its_distance(load_module, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    study = load_module("lora_study")
+    images, labels = torch.randn(500, 1, 28, 28), torch.arange(500) % 5
+    monkeypatch.setattr(study, "part", lambda *_: (images, labels))
+    for name, value in {"BASE_STEPS": 1, "STEPS": 1, "BATCH": 4}.items():
+        monkeypatch.setattr(study, name, value)
+    args = {"data": tmp_path, "folder": tmp_path, "results": tmp_path / "rows.jsonl"}
+    args = argparse.Namespace(**args, arms=["full", "LoRA"], seeds=1, base_only=False)
+    for _ in range(2):
+        study.measure_all(args)
+    full, lora = study.read_rows(args.results)
+    assert (full["run"], full["trained"], lora["run"]) == ("full/0", 1, "LoRA/0") and 0 < lora["trained"] < 0.02
+    gap = 100 * (lora["test"][0] - full["test"][0])
+    assert f"| {100 * lora['test'][0]:.1f} ({gap:+.1f}) |" in study.report([full, lora])
+
+
+@pytest.mark.filterwarnings("ignore")  # of PEFT
+def test_the_steps_of_the_study_are_measured_in_their_own_process(load_module, monkeypatch):
+    pytest.importorskip("peft")
+    study = load_module("lora_study")
+    config = HydraViTConfig(num_hidden_layers=1, num_labels=1000, head_dim=8)
+    monkeypatch.setattr(study, "HydraViTConfig", lambda **_: config)
+    row = study.time_step("LoRA", 3, 1, 1)
+    assert row["step_ms"] > 0 and row["trained"] < 50
+
+
+@pytest.mark.filterwarnings("ignore")  # of torchao
+def test_the_files_of_the_schemes_are_smaller(run_here):
+    pytest.importorskip("torchao")
+    config = '{"num_hidden_layers": 1, "image_size": 32}'
+    table = table_of(run_here("benchmark_quantization.py", "--rounds", 0, "--config", config, "--heads", 3))
+    shares = {scheme: float(share) for scheme, share, _ in table[1:]}
+    assert len(shares) == 7 and shares.pop("float32") == 1 and max(shares.values()) < 0.5

@@ -53,7 +53,7 @@ def schemes(head_dim: int) -> dict:
         "8 bits by row, dynamic": Int8DynamicActivationInt8WeightConfig(),
         "8 bits by row": Int8WeightOnlyConfig(),
         "8 bits in groups": Int8WeightOnlyConfig(granularity=group),
-        "8 bits in groups, dynamic": Int8DynamicActivationIntxWeightConfig(torch.int8, group),
+        "8 bits in groups, bf16 scales": IntxWeightOnlyConfig(torch.int8, group, scale_dtype=torch.bfloat16),
         "4 bits in groups": IntxWeightOnlyConfig(torch.int4, group),
         "4 bits in groups, dynamic": Int8DynamicActivationIntxWeightConfig(torch.int4, group),
     }
@@ -87,7 +87,7 @@ def time_all(models: dict, num_heads: int, batch_size: int, rounds: int) -> dict
     size = models[FLOAT].config.image_size
     images = torch.randn(batch_size, models[FLOAT].config.num_channels, size, size)
     calls = {key: partial(way, images) for key, way in ways(models, num_heads).items()}
-    times = time_rounds(calls, rounds, warmup=3, desc=f"{num_heads} heads, batch {batch_size}")
+    times = time_rounds(calls, rounds, warmup=2, desc=f"{num_heads} heads, batch {batch_size}")
     found = {}
     for (name, is_compiled), mine in times.items():
         prefix = "compiled_" if is_compiled else ""
@@ -104,7 +104,9 @@ def score(models: dict, heads: list[int], data: Path, classes: int) -> dict:
     from lora_study import part
 
     images, labels = part(data, "test", range(10 - classes, 10))
-    return {name: dict(zip(heads, accuracies(model, images, labels, heads), strict=True)) for name, model in models.items()}
+    return {
+        name: dict(zip(heads, accuracies(model, images, labels, heads), strict=True)) for name, model in models.items()
+    }
 
 
 def measure(args) -> list[dict]:

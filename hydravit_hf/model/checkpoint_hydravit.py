@@ -234,6 +234,7 @@ class NestedCheckpointMixin:
             raise ValueError("`shard_by_heads` can't split adapters into widths.")
         return resolve_shard_heads(shard_by_heads, self.config)
 
+    @torch.inference_mode(False)  # the copies can be trained, and torchao's weights can be cut
     def extract_subnetwork(self, num_heads: int):
         """Copy the leading `num_heads` heads into a model of their own.
 

@@ -6,6 +6,7 @@ This file travels with each saved checkpoint as remote code.
 
 import re
 
+import torch
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 from transformers.utils import logging
 
@@ -79,6 +80,7 @@ class ViTConversionMixin:
             logger.warning(f"The ViT has no {', '.join(missing)} that fits: newly initialized.")
         return model.to(source.class_token.device, source.class_token.dtype).train(source.training)
 
+    @torch.inference_mode(False)  # as in `extract_subnetwork`
     def to_vit(self, num_heads: int | None = None):
         """Convert the subnetwork with the leading `num_heads` heads (None: the default width) to a stock ViT.
 

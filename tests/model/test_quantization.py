@@ -1,6 +1,7 @@
 """A quantized weight is cut like any other, and a quantizer that can't be cut says so before it changes anything."""
 
 import json
+import re
 from copy import deepcopy
 from pathlib import Path
 
@@ -294,9 +295,28 @@ def test_a_quantized_width_is_exported_for_torch(folder, images, tmp_path):
     torch.testing.assert_close(program(pixel_values=images)["logits"], *logits(quantized, images, 2), atol=1e-5, rtol=0)
 
 
-def test_other_formats_say_that_they_take_no_quantized_weights(folder, tmp_path):
+def test_onnx_says_that_it_takes_no_quantized_weights(folder, tmp_path):
     pytest.importorskip("onnxscript")
     quantized = load(folder, quantization_config=scheme("8 bits"))
-    with pytest.raises(ValueError, match="can be exported as 'torch_export' only, not as 'onnx'"):
+    with pytest.raises(ValueError, match="can't be exported as 'onnx'"):
         export_subnetwork(quantized, 2, "onnx", tmp_path / "2.onnx")
     assert not any(Path(tmp_path).glob("*.onnx"))
+
+
+# --- The page ---
+
+
+def test_the_snippets_of_the_page_run(tmp_path, monkeypatch, capsys, make_model):
+    pytest.importorskip("torchao")
+    page = (Path(__file__).parents[2] / "docs" / "quantization.md").read_text(encoding="utf-8")
+    recipe, counters = re.findall("```python\n(.*?)```", page, flags=re.DOTALL)
+    make_model(num_attention_heads=12, head_dim=64, subnetwork_heads=None).save_pretrained(tmp_path / "runs" / "digits")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(recipe, "docs/quantization.md", "exec"), names)
+    assert capsys.readouterr().out.splitlines() == ["True", "True"]
+    for package in ("thop", "ptflops"):
+        pytest.importorskip(package)
+    names["model"] = load("runs/digits")
+    exec(compile(counters, "docs/quantization.md", "exec"), names)
+    assert names["macs"] == pytest.approx(names["model"].config.count_macs(12), rel=0.01)
