@@ -62,6 +62,8 @@ class HydraViTConfig(BackboneConfigMixin, PreTrainedConfig):
         apply_layernorm: Whether `HydraViTBackbone` applies the final layer norm to its feature maps.
         reshape_hidden_states: Whether `HydraViTBackbone` returns feature maps as images, (B, D, rows, columns), or as
             tokens, (B, N, D).
+        pad_feature_maps: Whether `HydraViTBackbone` fills its feature maps with zeros up to the channels of all heads
+            that it holds. A dense head is then built for that one number of channels, and works at every width.
 
     Raises:
         ValueError: An argument is out of its range, or `hidden_size` or `intermediate_size` disagrees with the value
@@ -100,6 +102,7 @@ class HydraViTConfig(BackboneConfigMixin, PreTrainedConfig):
     cascade: dict | None = None
     apply_layernorm: bool = True
     reshape_hidden_states: bool = True
+    pad_feature_maps: bool = False
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 

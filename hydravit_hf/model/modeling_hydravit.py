@@ -433,11 +433,16 @@ class HydraViTBackbone(BackboneMixin, HydraViTModel):
     It runs `config.num_heads_active` heads (None: all of them), in training too, because a dense head is built for one
     number of channels. Some heads, such as DPT's, read `backbone_config.hidden_size`. They need a backbone that holds
     no more heads than it runs: load it with `num_attention_heads=k`, not with `num_heads_active=k`.
+
+    With `config.pad_feature_maps`, the feature maps have the channels of all heads at every width, and zeros in those
+    of the heads that do not run. `train()` mode then draws a width for each call, so that backbone and head learn every
+    width. To run another one, set `backbone.config.num_heads_active`, as dense heads pass no width on.
     """
 
     def __init__(self, config: HydraViTConfig):
         super().__init__(config)
-        width = (config.num_heads_active or config.num_attention_heads) * config.head_dim
+        num_heads = None if config.pad_feature_maps else config.num_heads_active
+        width = (num_heads or config.num_attention_heads) * config.head_dim
         self.num_features = [width] * len(self.stage_names)
 
     @can_return_tuple
@@ -462,7 +467,7 @@ class HydraViTBackbone(BackboneMixin, HydraViTModel):
             (B, N, D) with the class token if `config.reshape_hidden_states` is False.
         """
         config = self.config
-        if num_heads_active is None:
+        if num_heads_active is None and not config.pad_feature_maps:
             num_heads_active = config.num_heads_active or config.num_attention_heads
         outputs = HydraViTModel.forward(
             self,
@@ -478,6 +483,8 @@ class HydraViTBackbone(BackboneMixin, HydraViTModel):
             tokens = outputs.hidden_states[index]
             if config.apply_layernorm:
                 tokens = self.layernorm(tokens)
+            if config.pad_feature_maps:
+                tokens = nn.functional.pad(tokens, (0, config.hidden_size - tokens.shape[-1]))
             if config.reshape_hidden_states:
                 tokens = tokens[:, 1:].transpose(1, 2).unflatten(2, grid)
             feature_maps.append(tokens)

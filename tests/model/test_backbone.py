@@ -91,6 +91,37 @@ def test_upernet_trains_on_it_and_comes_back_at_its_width(tmp_path, num_heads):
     torch.testing.assert_close(again(images).logits, model(images).logits)
 
 
+def test_upernet_on_padded_feature_maps_trains_and_runs_every_width(tmp_path):
+    backbone = HydraViTConfig(**SIZES, subnetwork_heads=[1, 3, 6], out_features=FOUR, pad_feature_maps=True)
+    sizes = {"num_labels": 7, "hidden_size": 16, "use_auxiliary_head": False, "pool_scales": [1, 2]}
+    model = UperNetForSemanticSegmentation(UperNetConfig(backbone_config=backbone, **sizes)).train()
+    images, labels = torch.randn(2, 3, 32, 32), torch.randint(7, (2, 32, 32))
+    drawn = set()
+    for _ in range(12):
+        model.zero_grad()
+        model(images, labels=labels).loss.backward()
+        gradient = model.backbone.layers[0].mlp.fc1.weight.grad
+        drawn.add(int(gradient.any(0).sum()) // 8)
+    assert drawn == {1, 3, 6}
+    model.eval().save_pretrained(tmp_path)
+    again = UperNetForSemanticSegmentation.from_pretrained(tmp_path)
+    logits = []
+    for num_heads in (1, 3, None):
+        for each in (model, again):
+            each.backbone.config.num_heads_active = num_heads
+        logits.append(model(images).logits)
+        torch.testing.assert_close(again(images).logits, logits[-1])
+    assert not torch.allclose(logits[0], logits[1]) and not torch.allclose(logits[1], logits[2])
+
+
+def test_padded_feature_maps_are_those_of_the_width_and_zeros(model, folder, images):
+    backbone = HydraViTBackbone.from_pretrained(folder, pad_feature_maps=True, num_heads_active=2)
+    (plain,) = HydraViTBackbone.from_pretrained(folder, num_heads_active=2)(images).feature_maps
+    (padded,) = backbone(images).feature_maps
+    assert backbone.channels == [48] and padded.shape == (3, 48, 4, 4)
+    assert torch.equal(padded[:, :16], plain) and not padded[:, 16:].any()
+
+
 def test_dpt_sits_on_it():
     backbone = HydraViTConfig(
         **SIZES | {"num_attention_heads": 3}, out_features=FOUR, reshape_hidden_states=False, apply_layernorm=False
