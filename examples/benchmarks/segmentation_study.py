@@ -86,7 +86,11 @@ def score(model: UperNetForSemanticSegmentation, canvases: torch.Tensor, classes
         confusion += np.bincount((CLASSES * truth + found).flatten(), minlength=CLASSES**2).reshape(CLASSES, CLASSES)
     right = confusion.diagonal()
     union = confusion.sum(0) + confusion.sum(1) - right
-    return {"pixel_accuracy": float(right.sum() / confusion.sum()), "mean_iou": float((right / union).mean())}
+    there = union > 0
+    return {
+        "pixel_accuracy": float(right.sum() / confusion.sum()),
+        "mean_iou": float((right[there] / union[there]).mean()),
+    }
 
 
 def measure_all(args: argparse.Namespace):
