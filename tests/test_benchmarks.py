@@ -429,7 +429,7 @@ def test_the_study_of_lora_trains_each_arm_once_and_reports_its_distance(load_mo
 def test_the_steps_of_the_study_are_measured_in_their_own_process(load_module, monkeypatch):
     pytest.importorskip("peft")
     study = load_module("lora_study")
-    config = HydraViTConfig(num_hidden_layers=1, num_labels=1000, head_dim=8)
+    config = HydraViTConfig(num_hidden_layers=1, num_labels=5, head_dim=8)
     monkeypatch.setattr(study, "HydraViTConfig", lambda **_: config)
     row = study.time_step("LoRA", 3, 1, 1)
     assert row["step_ms"] > 0 and row["trained"] < 50
