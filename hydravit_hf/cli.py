@@ -568,12 +568,16 @@ def push(
         bool,
         typer.Option("--shard-by-heads", help="Upload a file for each trained width: k heads download those up to k."),
     ] = False,
+    endpoint: Annotated[
+        bool, typer.Option("--endpoint", help="Add the handler.py that an Inference Endpoint of Hugging Face loads.")
+    ] = False,
 ):
     """Publish the folder of a checkpoint on the Hub, in one commit."""
     from .hub import push_checkpoint
 
     options = {"private": private, "revision": revision, "commit_message": message, "include": include}
-    print(push_checkpoint(folder, repo_id, **options, shard_by_heads=shard_by_heads).commit_url)
+    options |= {"shard_by_heads": shard_by_heads, "endpoint": endpoint}
+    print(push_checkpoint(folder, repo_id, **options).commit_url)
 
 
 @app.command()

@@ -24,6 +24,7 @@ SENT = [
     *("accuracy_over_macs.png", "LICENSE", "LICENSE.*", ".gitattributes", "*.onnx", "*.onnx.data"),
 ]
 HOMES = ("/home/", "/Users/", "/root/", "~")  # folders that are nobody else's business
+HANDLER = Path(__file__).with_name("endpoint_handler.py")
 
 
 def push_checkpoint(
@@ -35,6 +36,7 @@ def push_checkpoint(
     commit_message: str = "Upload HydraViT",
     include: list[str] | None = None,
     shard_by_heads: bool | list[int] = False,
+    endpoint: bool = False,
 ) -> CommitInfo:
     """Publish the folder of a saved HydraViT on the Hub.
 
@@ -61,8 +63,8 @@ def push_checkpoint(
     Raises:
         FileNotFoundError: The folder does not exist, or lacks its configuration or some of its weights.
         ValueError: The configuration belongs to another model, a weights file is damaged, `shard_by_heads` names a
-            width that was not trained, the card names paths of this machine, or the Hub refuses it. Nothing is uploaded
-            then; only the card is sent, to be checked.
+            width that was not trained, the folder has a handler.py of its own beside `endpoint`, the card names paths of
+            this machine, or the Hub refuses it. Nothing is uploaded then; only the card is sent, to be checked.
         OSError: There is no token, or the Hub refuses the upload (`HfHubHTTPError`), fails or can't be reached.
     """
     folder = Path(folder)
@@ -86,6 +88,10 @@ def push_checkpoint(
     else:
         logger.warning(f"'{folder}' has no card README.md. `hydravit card {folder}` makes one.")
     paths = {name: folder / name for name in names}
+    if endpoint:
+        if (folder / "handler.py").exists():
+            raise ValueError(f"'{folder}' has a handler.py of its own, which `include` would upload.")
+        paths["handler.py"] = HANDLER
     with TemporaryDirectory() as temporary:
         if shard_by_heads is not False:
             reshard_checkpoint(folder, temporary, shard_by_heads)

@@ -17,6 +17,7 @@ from support.hub_server import HubServer
 
 from hydravit_hf import HydraViTConfig, HydraViTForImageClassification
 from hydravit_hf.data import load_digits
+from hydravit_hf.hub import HANDLER
 from hydravit_hf.image_processing import make_image_processor
 from hydravit_hf.model_card import save_model_card
 from hydravit_hf.reporting import plot_accuracy
@@ -533,6 +534,16 @@ def test_further_files_are_published_by_pattern_only(hub, user, save):
     push(user, folder, "patterns", include=["examples/*.jpg"])
     found = hub.repos["user/patterns"].files()
     assert "examples/cat.jpg" in found and not {"examples/more/dog.jpg", "notes.txt"} & found.keys()
+
+
+def test_the_handler_of_an_endpoint_is_published_and_never_replaces_another(hub, user, save):
+    folder, _ = save()
+    push(user, folder, "user/endpoint", endpoint=True)
+    assert hub.repos["user/endpoint"].files()["handler.py"] == HANDLER.read_bytes()
+    assert not (folder / "handler.py").exists()
+    (folder / "handler.py").write_text("mine")
+    with pytest.raises(ClientError, match="ValueError.*handler.py of its own"):
+        push(user, folder, "user/endpoint", endpoint=True)
 
 
 def test_an_upload_that_is_cut_once_is_repeated(hub, user, save):

@@ -34,7 +34,17 @@ TRAVELLING = [f"model.{name}_hydravit" for name in MODEL]
 # The other files import what is in lines above theirs, and nothing of their own line.
 LAYERS = [
     ["model.__init__", *TRAVELLING],
-    ["folders", "image_processing", "lora", "metrics", "onnx_graphs", "reporting", "resharding", "serving"],
+    [
+        "endpoint_handler",
+        "folders",
+        "image_processing",
+        "lora",
+        "metrics",
+        "onnx_graphs",
+        "reporting",
+        "resharding",
+        "serving",
+    ],
     ["convert_checkpoint", "data", "evaluation", "export", "hub"],
     [
         "data_checks",
