@@ -25,6 +25,7 @@ from .serving import Batch, Latencies, Request, Scheduler
 
 RUNTIMES = ("torch", "openvino", "onnx")
 ROUNDS, WARMUP = 7, 2  # of the measurement at the start
+RESERVED = 0.05  # part of the deadline that is kept for what an answer takes beside its batch, such as its way back
 
 
 class Answer(NamedTuple):
@@ -112,7 +113,7 @@ class Engine:
                 f"{fastest['latency_ms']:.3g} ms at {fastest['num_heads']} heads. Choose a longer deadline or a "
                 "narrower width."
             )
-        self._scheduler = Scheduler(Latencies(self.rows), late=late)
+        self._scheduler = Scheduler(Latencies(self.rows), late=late, reserve_ms=RESERVED * deadline_ms)
         self._wake = threading.Condition()
         self._is_closing = False
         self._thread = threading.Thread(target=self._run, name="hydravit-engine", daemon=True)

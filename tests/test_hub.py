@@ -542,7 +542,7 @@ def test_the_handler_of_an_endpoint_is_published_and_never_replaces_another(hub,
     assert hub.repos["user/endpoint"].files()["handler.py"] == HANDLER.read_bytes()
     assert not (folder / "handler.py").exists()
     (folder / "handler.py").write_text("mine")
-    with pytest.raises(ClientError, match="ValueError.*handler.py of its own"):
+    with pytest.raises(ClientError, match=r"ValueError.*handler\.py of its own"):
         push(user, folder, "user/endpoint", endpoint=True)
 
 

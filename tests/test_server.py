@@ -10,6 +10,8 @@ import signal
 import socket
 import struct
 import zlib
+from threading import Thread
+from urllib.parse import urlparse
 
 import numpy as np
 import psutil
@@ -24,6 +26,7 @@ from hydravit_hf import make_image_processor
 HEADS = [1, 3, 6]
 KEY = "a secret"
 OPTIONS = ("--deadline-ms", 500, "--max-body-mb", 0.2, "--timeout-s", 2)
+HEADLESS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 PNG = {"content_type": "image/png"}
 JSON = {"content_type": "application/json"}
 
@@ -290,6 +293,51 @@ def test_many_open_connections_leave_room_for_others(port, pictures, expected):
         asyncio.run(check_all())
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_the_page_shows_the_load_and_answers_an_image_in_a_browser(port, pictures, expected, browser, tmp_path):
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    (tmp_path / "picture.png").write_bytes(pictures[0])
+    (tmp_path / "text.png").write_text("not an image")
+    errors, hosts = [], set()
+    with playwright.sync_playwright() as starter:
+        chromium = starter.chromium.launch(executable_path=browser, args=HEADLESS)
+        page = chromium.new_page(viewport={"width": 1000, "height": 900})
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("request", lambda request: hosts.add(urlparse(request.url).hostname))
+        page.goto(f"http://127.0.0.1:{port}/")
+        page.get_by_label("API key").fill(KEY)  # the field appears as the server wants one
+        playwright.expect(page.get_by_label("Heads").locator("option")).to_have_count(1 + len(HEADS))
+        playwright.expect(page.locator("#model")).to_have_text("tiny")
+        playwright.expect(page.locator("#deadline")).to_have_text("500 ms")
+
+        page.get_by_label("Image").set_input_files(tmp_path / "text.png")
+        page.get_by_role("button", name="Classify").click()
+        playwright.expect(page.locator("#answer .error")).to_contain_text("can't be read")
+
+        page.get_by_label("Image").set_input_files(tmp_path / "picture.png")
+        for num_heads in HEADS:
+            page.get_by_label("Heads").select_option(str(num_heads))
+            page.get_by_role("button", name="Classify").click()
+            playwright.expect(page.locator("#answer")).to_contain_text(
+                f"{num_heads} head{'s' * (num_heads > 1)}, waited"
+            )
+            rows = page.locator("#answer tr").all_inner_texts()
+            right = sorted(expected[0, num_heads].items(), key=lambda item: -item[1])
+            shown = [text.split("\t") for text in rows]
+            assert [(row[0], row[-1]) for row in shown] == [(label, f"{100 * score:.1f} %") for label, score in right]
+
+        load = Thread(target=asyncio.run, args=(ask_many(port, pictures, expected, 5, 60),))
+        load.start()
+        for num_heads in HEADS:
+            playwright.expect(page.locator(f"#load rect[data-heads='{num_heads}']").first).to_be_attached()
+        load.join()
+        playwright.expect(page.locator("#met")).to_contain_text("%")
+        page.screenshot(path=tmp_path / "page.png")
+        page.set_viewport_size({"width": 420, "height": 900})
+        assert page.evaluate("document.documentElement.scrollWidth") <= 420
+        chromium.close()
+    assert errors == [] and hosts - {None} == {"127.0.0.1"}  # None has the picture itself
 
 
 def test_info_tells_what_each_width_costs_and_how_good_it_is(port, model):

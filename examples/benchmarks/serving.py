@@ -54,6 +54,7 @@ TRACES = {
     ),
     "neighbour": lambda second: 0.5,
 }
+BUSY = f"import time; end = time.monotonic() + {SECONDS}\nwhile time.monotonic() < end: pass"  # ends by itself, too
 SCHEDULER = "scheduler"
 BIN = 0.5  # seconds of a point of the plot
 STEPS = 1600  # of the training, in batches of 32
@@ -149,17 +150,16 @@ def served(folder: Path, heads: list[int], core: int | None):
 
 
 @contextmanager
-def neighbour(core: int | None, present: bool = True):
+def neighbour(core: int | None):
     """A process that takes a core."""
-    process = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if present else None
+    process = subprocess.Popen([sys.executable, "-c", BUSY])
     try:
-        if process and core is not None:
+        if core is not None:
             os.sched_setaffinity(process.pid, {core})
         yield
     finally:
-        if process:
-            process.kill()
-            process.wait()
+        process.kill()
+        process.wait()
 
 
 def arrivals(rate, capacity: float, seed: int) -> list[float]:
@@ -358,6 +358,11 @@ def gather(rows: list[dict]) -> list[dict]:
     ]
 
 
+def gather_overheads(rows: list[dict]) -> list[dict]:
+    """What the server adds, a row for each width."""
+    return [row for row in rows if row.get("measure") == "server"]
+
+
 COLUMNS = {
     "trace": ("trace", ""),
     "server": ("server", ""),
@@ -420,7 +425,7 @@ def plot(rows: list[dict], path: Path):
     figure.savefig(path)
 
 
-def main():
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="idx files")
     parser.add_argument("--folder", type=Path, default=Path("runs/serving"), help="folder of the model")
@@ -432,7 +437,11 @@ def main():
     parser.add_argument("--overheads", action="store_true", help="measure what the server adds, in place of the traces")
     parser.add_argument("--plot", type=Path, default=PLOT, help="file of the plot")
     parser.add_argument("--report", action="store_true", help="run nothing, report the results")
-    args = parser.parse_args()
+    return parser
+
+
+def main():
+    args = make_parser().parse_args()
     if not args.report:
         data = load(args.data)
         if not (args.folder / "config.json").exists():
@@ -447,7 +456,7 @@ def main():
             run_rounds(args, images, labels.tolist())
     rows = read_rows(args.results)
     print(format_rows(gather(rows), COLUMNS))
-    if added := [row for row in rows if row.get("measure") == "server"]:
+    if added := gather_overheads(rows):
         print(f"\n{format_rows(added, OVERHEAD_COLUMNS)}")
     for row in rows:
         if row.get("measure") == "decision":
