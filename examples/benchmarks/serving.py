@@ -360,11 +360,11 @@ def simulate(rows: list[dict]) -> list[dict]:
     """Effective accuracy of each rule on the traces, with the times and accuracies that were measured. The neighbour
     doubles the times."""
     measured = [row for row in rows if row.get("measure") == "latencies"]
-    if not measured:
+    capacity = next((row["capacity"] for row in rows if "capacity" in row), None)
+    if not measured or capacity is None:
         return []
     latencies = Latencies(measured[-1]["rows"])
     accuracies = {row["num_heads"]: row["accuracy"] for row in measured[-1]["accuracies"]}
-    capacity = next(row["capacity"] for row in rows if "capacity" in row)
     found, (start, end) = [], (1e3 * second for second in NEIGHBOUR)
     for name, rule in {"all requests (`hydravit serve`)": Scheduler, "the most urgent (SlackFit)": SlackFit}.items():
         found.append({"rule": name})
@@ -428,6 +428,7 @@ OVERHEAD_COLUMNS = {
     "bare": ("images a second of a bare loop", ".1f"),
     "ratio": ("ratio", ".2f"),
 }
+CAPACITY = f"what {HEADS[-1]} heads can answer"
 SIMULATED_COLUMNS = {"rule": ("looks at", "")} | {trace: (trace, ".2f") for trace in TRACES}
 
 
@@ -451,7 +452,9 @@ def plot(rows: list[dict], path: Path):
             answers = np.array([step.get(num_heads, 0) for step in course]) / BIN
             above.bar(seconds, answers, BIN, bottom, align="edge", color=colour, label=f"{num_heads} heads")
             bottom += answers
-        above.axhline(chosen[trace, SCHEDULER]["capacity"], color="#d97706", linestyle="--", linewidth=1)
+        above.axhline(
+            chosen[trace, SCHEDULER]["capacity"], color="#d97706", linestyle="--", linewidth=1, label=CAPACITY
+        )
         above.set_title(trace)
         for server, colour in ((str(HEADS[-1]), "#d97706"), (SCHEDULER, "#4338ca")):
             if (trace, server) in chosen:
@@ -466,8 +469,8 @@ def plot(rows: list[dict], path: Path):
             above.annotate("a neighbour takes the core", (NEIGHBOUR[0], 0.97), xycoords=("data", "axes fraction"))
     for each in axes.flat:
         each.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set_ylabel("requests a second, by the width that ran")
-    axes[1, 0].set_ylabel("deadlines missed, %")
+    axes[0, 0].set_ylabel("requests a second")
+    axes[1, 0].set_ylabel("missed, %")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     lines, names = axes[1, 0].get_legend_handles_labels()
     figure.legend(handles + lines, labels + names, loc="outside lower center", ncols=5, frameon=False)
