@@ -63,8 +63,8 @@ def push_checkpoint(
     Raises:
         FileNotFoundError: The folder does not exist, or lacks its configuration or some of its weights.
         ValueError: The configuration belongs to another model, a weights file is damaged, `shard_by_heads` names a
-            width that was not trained, the folder has a handler.py of its own beside `endpoint`, the card names paths of
-            this machine, or the Hub refuses it. Nothing is uploaded then; only the card is sent, to be checked.
+            width that was not trained, the folder has a handler.py of its own beside `endpoint`, the card names paths
+            of this machine, or the Hub refuses it. Nothing is uploaded then; only the card is sent, to be checked.
         OSError: There is no token, or the Hub refuses the upload (`HfHubHTTPError`), fails or can't be reached.
     """
     folder = Path(folder)

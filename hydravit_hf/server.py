@@ -37,8 +37,6 @@ MAX_DEADLINE_MS = 3_600_000
 DECODERS = 4  # threads
 HISTORY_S = 300  # seconds that the page shows
 GRACE_S = 1.0  # after SIGTERM, the time in which clients with an open connection are told to close it
-    0.0005  # the thread of the model asks for Python's lock at each layer, and decoders hold it this long at most
-)
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)  # buckets of the histograms
 POLICY = "default-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src 'self' blob:"
 
