@@ -378,17 +378,38 @@ def export(
     format: Annotated[
         str, typer.Option(metavar="NAME", help="Format: onnx, openvino, torch_export or executorch.")
     ] = "onnx",
+    transformers_js: Annotated[
+        bool, typer.Option("--transformers-js", help="Export one width as a folder that transformers.js loads.")
+    ] = False,
+    page: Annotated[
+        bool, typer.Option("--page", help="Export a folder with a page that runs several widths in the browser.")
+    ] = False,
+    examples: Annotated[
+        list[Path] | None,
+        typer.Option("--example", metavar="IMAGE", help="Image that the page offers. Repeat it for several."),
+    ] = None,
 ):
     """Write one width, several widths or the cascade for another runtime, as files that run without this package."""
     from transformers import AutoImageProcessor
 
+    from .browser import export_page, export_transformers_js
     from .export import export_cascade, export_subnetwork, export_subnetworks
+    from .folders import short_name
 
     _check_at_most_one({"--num-heads": num_heads, "--heads": heads, "--cascade": cascade})
-    if format != "onnx" and (cascade or heads):
-        raise ValueError(f"`--heads` and `--cascade` are for ONNX only, not for '{format}'.")
+    _check_at_most_one({"--cascade": cascade, "--page": page, "--transformers-js": transformers_js})
+    _check_at_most_one({"--num-heads": num_heads, "--page": page})
+    _check_at_most_one({"--heads": heads, "--transformers-js": transformers_js})
+    if format != "onnx" and (heads or cascade or page or transformers_js):
+        raise ValueError(f"Several widths, cascades, pages and transformers.js are for ONNX only, not for '{format}'.")
+    if examples and not page:
+        raise ValueError("`--example` belongs to a page: give `--page` too.")
     loaded, processor = _load(model, "cpu"), AutoImageProcessor.from_pretrained(model)
-    if cascade:
+    if transformers_js:
+        written = export_transformers_js(loaded, num_heads, path, processor)
+    elif page:
+        written = export_page(loaded, heads, path, processor, examples or (), short_name(model))
+    elif cascade:
         written = export_cascade(loaded, path, processor)
     elif heads:
         written = export_subnetworks(loaded, heads, path, processor)

@@ -5,18 +5,15 @@ several widths into one ONNX export. A width that recycles tokens becomes one gr
 """
 
 import json
-import os
-import shutil
 import sys
-import tempfile
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from copy import copy
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from .folders import is_new_or_empty
+from .folders import is_new_or_empty, written_whole
 from .model.cascade_hydravit import check_chooses_one_label
 from .model.configuration_hydravit import as_pair
 from .model.modeling_hydravit import HydraViTForImageClassification
@@ -79,7 +76,7 @@ def export_subnetwork(
     if format == "executorch" and max_batch_size is None:
         max_batch_size = EXECUTORCH_BATCH
     program = _export(model, num_heads, format, max_batch_size)
-    with _staging(path) as staging:
+    with written_whole(path) as staging:
         _FORMATS[format][2](program, _metadata(model, image_processor, num_heads=num_heads), staging / path.name)
     return path
 
@@ -123,7 +120,7 @@ def export_subnetworks(
     if not one_file and not is_new_or_empty(path):
         raise ValueError(f"`path` must be a new or empty folder, or end with '.onnx': '{path}' exists.")
     programs = {num_heads: _export(model, num_heads, "onnx") for num_heads in heads}
-    with _staging(path) as staging:
+    with written_whole(path) as staging:
         if one_file:
             metadata = _metadata(model, image_processor, heads=heads)
             save_onnx(with_width_as_input(programs), metadata, staging / path.name)
@@ -171,7 +168,7 @@ def export_cascade(
     programs = {num_heads: _export(model, num_heads, "onnx") for num_heads in heads}
     program = as_cascade(programs, config.cascade, config.count_cascade_macs(heads))
     as_json = json.loads(config.to_json_string())["cascade"]  # infinity as transformers writes it
-    with _staging(path) as staging:
+    with written_whole(path) as staging:
         save_onnx(program, _metadata(model, image_processor, cascade=as_json), staging / path.name)
     return path
 
@@ -216,21 +213,6 @@ def _export(model: HydraViTForImageClassification, num_heads: int, format: str, 
     with redirect_stdout(sys.stderr):  # torch prints its progress to stdout
         program = AutoHfExporter.from_config(options).export(small, {"pixel_values": images}, options).program
     return tidy(program) if format == "onnx" else program
-
-
-@contextmanager
-def _staging(path: Path):
-    """Make a folder to write files in. At the end of the context, they move to the folder of `path`, `path` last."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".exporting-", dir=path.parent))
-    try:
-        yield staging
-        if path.is_dir():
-            path.rmdir()  # it is empty, else this raises an error
-        for written in sorted(staging.iterdir(), key=lambda entry: entry.name == path.name):
-            os.replace(written, path.with_name(written.name))
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _save_torch_export(program, metadata: dict, path: Path):

@@ -1,5 +1,9 @@
-"""Checks and names folders."""
+"""Checks and names folders, and writes files and folders whole or not at all."""
 
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -13,6 +17,21 @@ def check_new_or_empty(folder: Path):
     """Raise a `ValueError` if a folder exists and is not empty."""
     if not is_new_or_empty(folder):
         raise ValueError(f"'{folder}' exists and is not an empty folder.")
+
+
+@contextmanager
+def written_whole(path: Path):
+    """Make a folder to write files in. At the end of the context, they move to the folder of `path`, `path` last."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".exporting-", dir=path.parent))
+    try:
+        yield staging
+        if path.is_dir():
+            path.rmdir()  # it is empty, else this raises an error
+        for written in sorted(staging.iterdir(), key=lambda entry: entry.name == path.name):
+            os.replace(written, path.with_name(written.name))
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def short_name(source: str) -> str:

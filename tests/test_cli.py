@@ -243,6 +243,12 @@ def test_export_says_what_is_wrong_and_writes_nothing(hydravit, folder, tmp_path
         (["--cascade", "--num-heads", 2], "--cascade"),
         (["--heads", 2, "--num-heads", 2], "--heads"),
         (["--cascade", "--format", "openvino"], "for ONNX only"),
+        (["--page", "--format", "openvino"], "for ONNX only"),
+        (["--page", "--num-heads", 2], "--page"),
+        (["--page", "--transformers-js"], "--transformers-js"),
+        (["--heads", 2, "--transformers-js"], "--transformers-js"),
+        (["--example", "cat.png"], "--page"),
+        (["--page", "--example", "cat.png"], "no file cat.png"),
         (["--heads", 2, "--format", "openvino"], "for ONNX only"),
     ):
         code, out, err = hydravit("export", folder, tmp_path / "x.onnx", *options)

@@ -47,6 +47,7 @@ LAYERS = [
     ],
     ["convert_checkpoint", "data", "evaluation", "export", "hub"],
     [
+        "browser",
         "data_checks",
         "training.__init__",
         *(f"training.{name}" for name in ("augmentation", "averaging", "gradients", "optimizer", "runs", "teacher")),
