@@ -265,6 +265,8 @@ def test_the_narrower_widths_answer_without_the_file_of_the_widest(whole_page, b
         page.route("**/6_heads.bin", lambda route: route.fulfill(status=404))
         page.goto(address)
         playwright.expect(page.locator("#status.error")).to_contain_text("6 heads can't be loaded: 6_heads.bin: 404")
+        page.locator("#width").fill("2")
+        playwright.expect(page.locator("#costs")).to_have_text("not loaded yet")
         page.locator("#width").fill("1")
         playwright.expect(page.locator("#answer:not(.old) meter")).to_have_count(5)
         playwright.expect(page.locator("#heads")).to_have_text("3 heads")
