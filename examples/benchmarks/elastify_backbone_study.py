@@ -177,15 +177,17 @@ def report(rows: list[dict]) -> str:
     """Format the results as Markdown tables of percentages, with the deviation over the seeds."""
     lines = [f"The fine-tuned ViT: {100 * row['test'][0]:.2f} %" for row in rows if row["run"] == "fine-tuned/6"]
     for part, heads in (("probe", HEADS[1:]), ("taught", HEADS)):
-        cells = " | ".join(map(str, heads))
-        lines += ["", f"| {part} | seeds | {cells} of 6 heads |", "| --- |" + " ---: |" * (len(heads) + 1)]
+        table = []
         for arm in ARMS:
             runs = [row["test"] for row in rows if row["run"] == f"{part}/{arm}" or f"{part}/{arm}/" in row["run"]]
             if runs:
                 values = 100 * torch.tensor(runs, dtype=torch.float64)
                 spread = [f" ± {value:.1f}" for value in values.std(0)] if len(runs) > 1 else [""] * len(heads)
                 cells = [f"{mean:.1f}{plus}" for mean, plus in zip(values.mean(0), spread, strict=True)]
-                lines.append(f"| {arm} | {len(runs)} | {' | '.join(cells)} |")
+                table.append(f"| {arm} | {len(runs)} | {' | '.join(cells)} |")
+        if table:
+            cells = " | ".join(map(str, heads))
+            lines += ["", f"| {part} | seeds | {cells} of 6 heads |", "| --- |" + " ---: |" * (len(heads) + 1), *table]
     return "\n".join(lines)
 
 

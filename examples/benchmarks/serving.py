@@ -141,7 +141,7 @@ def served(folder: Path, heads: list[int], core: int | None):
     try:
         if core is not None:
             os.sched_setaffinity(process.pid, {core})
-        while process.poll() is None and socket.socket().connect_ex(("127.0.0.1", port)):
+        while process.poll() is None and not listens(port):
             time.sleep(0.1)
         if process.poll() is not None:
             raise RuntimeError(f"The server of {heads} heads did not start.")
@@ -149,6 +149,11 @@ def served(folder: Path, heads: list[int], core: int | None):
     finally:
         process.terminate()
         process.wait()
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @contextmanager
@@ -466,7 +471,7 @@ def plot(rows: list[dict], path: Path):
         if trace == "neighbour":
             for each in (above, below):
                 each.axvspan(*NEIGHBOUR, color="0.92", zorder=0)
-            above.annotate("a neighbour takes the core", (NEIGHBOUR[0], 0.97), xycoords=("data", "axes fraction"))
+            above.set_title("neighbour (grey: it takes the core)")
     for each in axes.flat:
         each.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("requests a second")

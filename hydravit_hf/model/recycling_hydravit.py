@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from .quantization_hydravit import cut_weight, is_quantized
+from .quantization_hydravit import cut_weight
 
 
 class TokenRecycling(nn.Linear):
@@ -24,7 +24,8 @@ class TokenRecycling(nn.Linear):
 
     def forward(self, hidden_states: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
         if tokens is None:  # the first stage: nothing to add but a gradient of zeros, which DDP waits for
-            return hidden_states if is_quantized(self) else hidden_states + self.weight[:0].sum() + self.bias[:0].sum()
+            trained = [parameter for parameter in (self.weight, self.bias) if parameter.requires_grad]
+            return sum((parameter[:0].sum() for parameter in trained), hidden_states)
         batch, count, width = hidden_states.shape
         if tokens.ndim != 3 or tokens.shape[:2] != (batch, count) or tokens.shape[2] > width:
             raise ValueError(
