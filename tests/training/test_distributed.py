@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import fsdp_process, gradients_process, trainer_process
+from support import fsdp_process, gradients_process
 from support.cards import check_card
 from support.training import SANDWICH, assert_close, assert_equal, make_config, make_model
 
@@ -103,7 +103,7 @@ def two(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_train_as_one_with_the_double_batch(two, tmp_path, name):
-    trainer_process.train(str(tmp_path), per_device_train_batch_size=16, **RUNS[name])
+    finish(start_training({"output_dir": str(tmp_path), "per_device_train_batch_size": 16, **RUNS[name]}, processes=1))
     found, expected = figures_of(two / name), figures_of(tmp_path)
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4)
     assert len(set(expected["losses"])) == 12
@@ -118,7 +118,7 @@ def test_two_processes_train_an_adapter_as_one_with_the_double_batch(tmp_path):
     pytest.importorskip("peft")
     run = {"lora": True, **SANDWICH}
     finish(start_training({"output_dir": str(tmp_path / "two"), "per_device_train_batch_size": 8, **run}, processes=2))
-    trainer_process.train(str(tmp_path / "one"), per_device_train_batch_size=16, **run)
+    finish(start_training({"output_dir": str(tmp_path / "one"), "per_device_train_batch_size": 16, **run}, processes=1))
     found, expected = figures_of(tmp_path / "two"), figures_of(tmp_path / "one")
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4)
     adapters = [load_file(tmp_path / run / "adapter_model.safetensors") for run in ("two", "one")]
