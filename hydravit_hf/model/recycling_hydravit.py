@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from .quantization_hydravit import cut_weight
+from .quantization_hydravit import cut_weight, is_quantized
 
 
 class TokenRecycling(nn.Linear):
@@ -24,6 +24,8 @@ class TokenRecycling(nn.Linear):
 
     def forward(self, hidden_states: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
         if tokens is None:  # the first stage: nothing to add but a gradient of zeros, which DDP waits for
+            if not torch.is_grad_enabled() or (not torch.compiler.is_compiling() and is_quantized(self)):
+                return hidden_states
             trained = [parameter for parameter in (self.weight, self.bias) if parameter.requires_grad]
             return sum((parameter[:0].sum() for parameter in trained), hidden_states)
         batch, count, width = hidden_states.shape
