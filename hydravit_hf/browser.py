@@ -65,7 +65,7 @@ def export_transformers_js(
 
     - "fp32": `model.onnx`.
     - "fp16": `model_fp16.onnx`, half of its size. Inputs and outputs stay float32.
-    - "q8": `model_quantized.onnx`, about a quarter. The matrices are int8, and the activations are quantised in each
+    - "q8": `model_quantized.onnx`, about a quarter. The matrices are int8, and the activations are quantized in each
       call. Browsers load it by default.
 
         const classify = await pipeline("image-classification", FOLDER, {dtype: "q8"});

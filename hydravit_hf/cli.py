@@ -122,9 +122,8 @@ def profile(
     budgets |= {"max_macs": max_macs, "max_parameters": max_parameters}
     budgets = {name: value for name, value in budgets.items() if value is not None}
     if chooses := bool(budgets) or min_accuracy is not None:
-        accurate = rows if min_accuracy is None else _accurate(rows, min_accuracy)
-        widest = choose_num_heads(accurate, **budgets) if budgets else None
-        chosen = widest if min_accuracy is None else accurate[0]["num_heads"]
+        candidates = rows if min_accuracy is None else [_narrowest_accurate(rows, min_accuracy)]
+        chosen = choose_num_heads(candidates, **budgets) if budgets else candidates[0]["num_heads"]
     if as_json:
         return _print_json({"rows": rows, "num_heads": chosen} if chooses else rows)
     _print_rows(rows)
@@ -738,7 +737,7 @@ def _accuracies(model: str) -> dict[int, dict]:
     return {row["num_heads"]: {"accuracy": row["accuracy"]} for row in results if "accuracy" in row}
 
 
-def _accurate(rows: list[dict], min_accuracy: float) -> list[dict]:
+def _narrowest_accurate(rows: list[dict], min_accuracy: float) -> dict:
     known = [row for row in rows if "accuracy" in row]
     if not known:
         raise ValueError("`--min-accuracy` needs a results.json: `hydravit evaluate --output` writes it.")
@@ -749,7 +748,7 @@ def _accurate(rows: list[dict], min_accuracy: float) -> list[dict]:
             f"No width has an accuracy of {min_accuracy:.1%}. The best, {best['num_heads']} heads, has "
             f"{best['accuracy']:.1%}."
         )
-    return accurate
+    return min(accurate, key=lambda row: row["num_heads"])
 
 
 def _device(name: str | None) -> str:

@@ -28,7 +28,7 @@ from pathlib import Path
 import aiohttp
 import numpy as np
 import torch
-from elastify_study import Flipped, load
+from elastify_study import Flipped, accuracies, load
 from PIL import Image
 from timing import RESULTS, append_rows, format_rows, machine, read_rows
 from tqdm import tqdm
@@ -109,11 +109,8 @@ def train(data: dict, folder: Path):
 def evaluate(folder: Path, images: torch.Tensor, labels: torch.Tensor):
     """Write results.json, which `/info` shows: the accuracy of each width on the images that are sent."""
     model = HydraViTForImageClassification.from_pretrained(folder)
-    rows = []
-    with torch.inference_mode():
-        for num_heads in HEADS:
-            logits = torch.cat([model(part, num_heads_active=num_heads).logits for part in images.split(50)])
-            rows.append({"num_heads": num_heads, "accuracy": (logits.argmax(-1) == labels).double().mean().item()})
+    scores = accuracies(model, images, labels, HEADS)
+    rows = [{"num_heads": k, "accuracy": accuracy} for k, accuracy in zip(HEADS, scores, strict=True)]
     (folder / "results.json").write_text(json.dumps(rows))
 
 

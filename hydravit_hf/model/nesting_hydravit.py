@@ -54,6 +54,13 @@ def width_dims(name: str, ndim: int) -> tuple[int, ...]:
     return tuple(range(ndim))
 
 
+def leading_block(tensor: torch.Tensor, dims: tuple[int, ...], num_heads: int, held: int) -> torch.Tensor:
+    """View the block of a tensor that belongs to the leading `num_heads` of the heads that it holds. `dims` grow with
+    the number of heads."""
+    sizes = [size * num_heads // held if dim in dims else size for dim, size in enumerate(tensor.shape)]
+    return tensor[tuple(map(slice, sizes))]
+
+
 def leading_shapes(stored: dict, config: HydraViTConfig) -> dict[str, tuple[int, ...]]:
     """The shapes of the blocks that belong to the heads of `config`. A checkpoint with fewer heads is taken whole."""
     held = count_heads(stored, config)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..model.modeling_hydravit import HydraViTPreTrainedModel
-from ..model.nesting_hydravit import width_dims
+from ..model.nesting_hydravit import leading_block, width_dims
 
 _hooks: WeakKeyDictionary[nn.Module, "_LeadingGradients | None"] = WeakKeyDictionary()
 
@@ -61,11 +61,7 @@ class _LeadingGradients:
         return averaged.then(fill)
 
     def _block(self, gradient: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
-        dims = self._dims[parameter]
-        sizes = [
-            size * self.num_heads // self.max_heads if dim in dims else size for dim, size in enumerate(gradient.shape)
-        ]
-        return gradient[tuple(map(slice, sizes))]
+        return leading_block(gradient, self._dims[parameter], self.num_heads, self.max_heads)
 
 
 def _dims_of(name: str, ndim: int) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ..model.modeling_hydravit import HydraViTPreTrainedModel
-from ..model.nesting_hydravit import width_dims
+from ..model.nesting_hydravit import leading_block, width_dims
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -65,12 +65,10 @@ class PrefixAdamW(torch.optim.Optimizer):
 
     def _update(self, weight, gradient, mean, square, updates, name: str, group: dict):
         dims = width_dims(name, weight.ndim)
-        sizes = [
-            size * self.num_heads // self.max_heads if dim in dims else size for dim, size in enumerate(weight.shape)
-        ]
         weight, gradient, mean, square = (
-            tensor[tuple(map(slice, sizes))] for tensor in (weight, gradient, mean, square)
+            leading_block(tensor, dims, self.num_heads, self.max_heads) for tensor in (weight, gradient, mean, square)
         )
+        sizes = weight.shape
         beta1, beta2 = group["betas"]
         weight.mul_(1 - group["lr"] * group["weight_decay"])
         mean.lerp_(gradient, 1 - beta1)
@@ -81,7 +79,7 @@ class PrefixAdamW(torch.optim.Optimizer):
         mean, square = mean / self._spread(rest1, sizes, dims), square / self._spread(rest2, sizes, dims)
         weight.addcdiv_(mean, square.sqrt_().add_(group["eps"]), value=-group["lr"])
 
-    def _spread(self, values: torch.Tensor, sizes: list[int], dims: tuple[int, ...]) -> torch.Tensor:
+    def _spread(self, values: torch.Tensor, sizes: torch.Size, dims: tuple[int, ...]) -> torch.Tensor:
         """Expand one value per head to the block's shape. An entry shared by two heads takes that of the wider one,
         because it has been updated as often as the wider head."""
         spread = values[0]  # the first head has been updated most often
