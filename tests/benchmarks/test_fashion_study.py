@@ -1,0 +1,87 @@
+"""The study on Fashion-MNIST spends equal budgets, and its baselines are the networks that their papers describe."""
+
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture
+def study(load_module):
+    return load_module("fashion_study")
+
+
+@pytest.fixture
+def images(study, monkeypatch):
+    """Few images in place of Fashion-MNIST."""
+    splits = {
+        name: (torch.rand(count, 1, 28, 28) * 2 - 1, torch.randint(10, (count,)))
+        for name, count in (("train", 16), ("validation", 500))
+    }
+    monkeypatch.setattr(study, "load", lambda folder: splits)
+    monkeypatch.setattr(study, "BATCH", 8)
+    monkeypatch.setattr(study, "SIZES", study.SIZES | {"num_hidden_layers": 1})
+
+
+@pytest.mark.parametrize("method", ["this package's best", "MatFormer", "SortedNet", "DynaBERT", "Scala"])
+def test_each_method_spends_the_budget_and_has_an_accuracy_for_each_width(study, images, method):
+    ten = sum(study.make_config(study.HEADS).count_macs(num_heads) for num_heads in study.HEADS)
+    run = study.train(0, "validation", None, epochs=8, **study.METHODS[method])
+    assert run["macs"] == pytest.approx(ten * 16 * 3 * 8 / 3, rel=1e-6)
+    assert len(run["accuracy"]) == 10 and run["steps"] > 16
+    assert study.train(0, "validation", None, epochs=8, **study.METHODS[method]) == run
+
+
+@pytest.mark.parametrize("name", ["narrow widths later", "taught by the average of the widest"])
+def test_an_attempt_trains(study, images, name):
+    assert study.train(0, "validation", None, epochs=1, **study.ATTEMPTS[name])["steps"] > 2
+
+
+def test_a_model_of_one_width_trains_for_its_epochs(study, images):
+    run = study.train(0, "validation", None, epochs=3, heads=[4], share=None)
+    assert run["steps"] == 3 * 16 // 8 and len(run["accuracy"]) == 1
+
+
+@torch.no_grad()
+def test_the_widths_of_scala_use_the_trailing_channels_but_the_narrowest(study):
+    model, pixels = study.Scala(study.make_config(study.HEADS)).eval(), torch.randn(2, 1, 28, 28)
+    before = {num_heads: model(pixels, num_heads).logits for num_heads in (3, 4, 9, 12)}
+    for name, weight in model.vit.named_parameters():
+        dims = study.width_dims(name, weight.ndim)
+        leading = [slice(size // 4) if dim in dims else slice(None) for dim, size in enumerate(weight.shape)]
+        if dims:
+            weight[tuple(leading)] += 1.0  # of 3 heads
+    changed = {k: not torch.equal(model(pixels, k).logits, logits) for k, logits in before.items()}
+    assert changed == {3: True, 4: False, 9: False, 12: True}
+
+
+def test_the_steps_of_scala_have_a_width_of_each_part(study):
+    steps = [study.sample_scala(0, step) for step in range(200)]
+    assert {widths[0] for widths in steps} == {12} and {widths[3] for widths in steps} == {3}
+    assert {widths[1] for widths in steps} == {7, 8, 9, 10, 11} and {widths[2] for widths in steps} == {4, 5, 6}
+
+
+def test_images_are_shifted_by_up_to_two_pixels_and_mirrored(study):
+    image = torch.full((1, 1, 28, 28), -1.0)
+    image[..., 10, 4] = 1.0
+    varied = study.vary(image.expand(2000, 1, 28, 28), torch.Generator().manual_seed(0))
+    places = {tuple(place) for place in varied[:, 0].eq(1).nonzero()[:, 1:].tolist()}
+    assert places == {(row, column) for row in range(8, 13) for column in (*range(2, 7), *range(21, 26))}
+
+
+def test_the_area_is_the_mean_over_budgets_and_guesses_below_the_narrowest_width(study):
+    config = study.make_config(study.HEADS)
+    least, most = config.count_macs(3), config.count_macs(12)
+    assert study.area([least, most], np.array([[80.0, 90.0], [90.0, 90.0]])) == pytest.approx([85.0, 90.0])
+    assert study.area([(least + most) / 2, most], np.array([[90.0, 90.0]])) == pytest.approx([50.0], abs=0.1)
+
+
+def test_the_report_pairs_methods_with_the_models_of_their_own(study, tmp_path):
+    rows = [{"run": f"alone, {k}/2/{seed}", "accuracy": [0.5]} for k in study.ALONE for seed in (0, 1)]
+    rows += [{"run": f"Scala/2/{seed}", "accuracy": [0.4 + 0.2 * seed] * 10, "steps": 1000} for seed in (0, 1)]
+    rows += [{"run": "Scala/3/0", "accuracy": [0.1] * 10, "steps": 1}]
+    summary, alone = study.summarise(rows, 2), study.alone_accuracies(rows, 2)
+    table = study.format_rows(summary, alone).splitlines()
+    assert table[2].startswith("| a model for each width | 2 | | 50.00 ± 0.00 |")
+    assert table[3].startswith("| Scala | 2 | 1,000 | 50.00 ± 10.00 |") and len(table) == 4
+    study.plot(summary, alone, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").exists()

@@ -1,0 +1,36 @@
+"""The study of LoRA trains each arm once, and times steps in processes of their own."""
+
+import argparse
+
+import pytest
+import torch
+
+from hydravit_hf import HydraViTConfig
+
+
+@pytest.mark.filterwarnings("ignore")  # of PEFT
+def test_the_study_of_lora_trains_each_arm_once_and_reports_its_distance(load_module, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    study = load_module("lora_study")
+    images, labels = torch.randn(500, 1, 28, 28), torch.arange(500) % 5
+    monkeypatch.setattr(study, "part", lambda *_: (images, labels))
+    for name, value in {"BASE_STEPS": 1, "STEPS": 1, "BATCH": 4}.items():
+        monkeypatch.setattr(study, name, value)
+    args = {"data": tmp_path, "folder": tmp_path, "results": tmp_path / "rows.jsonl"}
+    args = argparse.Namespace(**args, arms=["full", "LoRA"], seeds=1, base_only=False)
+    for _ in range(2):
+        study.measure_all(args)
+    full, lora = study.read_rows(args.results)
+    assert (full["run"], full["trained"], lora["run"]) == ("full/0", 1, "LoRA/0") and 0 < lora["trained"] < 0.02
+    gap = 100 * (lora["test"][0] - full["test"][0])
+    assert f"| {100 * lora['test'][0]:.1f} ({gap:+.1f}) |" in study.report([full, lora])
+
+
+@pytest.mark.filterwarnings("ignore")  # of PEFT
+def test_the_steps_of_the_study_are_measured_in_their_own_process(load_module, monkeypatch):
+    pytest.importorskip("peft")
+    study = load_module("lora_study")
+    config = HydraViTConfig(num_hidden_layers=1, num_labels=5, head_dim=8)
+    monkeypatch.setattr(study, "HydraViTConfig", lambda **_: config)
+    row = study.time_step("LoRA", 3, 1, 1)
+    assert row["step_ms"] > 0 and row["trained"] < 50
