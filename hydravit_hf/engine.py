@@ -7,7 +7,7 @@ batches. Any number of threads may prepare images and submit them.
 import tempfile
 import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -271,7 +271,11 @@ def _load_openvino(path: Path, dtype: torch.dtype):
 
     precision = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
     options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    model = openvino.Core().compile_model(path, "CPU", options | {"PERFORMANCE_HINT": "LATENCY"})
+    options |= {"PERFORMANCE_HINT": "LATENCY"}
+    # A compiled model replaces the signal stack of the thread that compiles it. Where several end in another order than
+    # that of their creation, they leave a freed one, and the next signal kills the process. So each has a thread.
+    with ThreadPoolExecutor(1) as thread:
+        model = thread.submit(openvino.Core().compile_model, path, "CPU", options).result()
     return lambda images: torch.from_numpy(model(images.numpy())["logits"])
 
 

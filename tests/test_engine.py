@@ -1,6 +1,9 @@
 """The engine: many threads get the answers of the model alone, whatever batches and widths ran."""
 
+import ctypes
+import gc
 import io
+import sys
 import threading
 
 import numpy as np
@@ -94,6 +97,25 @@ def test_a_narrower_type_answers_nearly_as_the_model_does(make_model, pictures):
     assert answer.logits.dtype == torch.float32
     torch.testing.assert_close(answer.logits, expected, atol=0.1, rtol=0.1)
     assert not torch.equal(answer.logits, expected)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the signal stack of Linux")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning", "ignore::DeprecationWarning")  # of torch and onnxscript
+def test_an_engine_of_openvino_leaves_the_signal_stack_as_it_was(make_model):
+    pytest.importorskip("openvino", reason="needs openvino")
+
+    def signal_stack() -> bytes:
+        stack = ctypes.create_string_buffer(24)  # struct stack_t
+        assert ctypes.CDLL(None).sigaltstack(None, stack) == 0
+        return stack.raw
+
+    before = signal_stack()
+    engine = make_engine(make_model(), runtime="openvino")
+    during = signal_stack()
+    engine.close()
+    del engine
+    gc.collect()
+    assert during == before == signal_stack()
 
 
 def test_close_answers_what_waits_and_takes_nothing_more(model, pictures):
