@@ -1,4 +1,4 @@
-.PHONY: check test demo
+.PHONY: check test demo docs
 
 check:  ## what the linter says
 	ruff check
@@ -9,3 +9,6 @@ test:  ## the fast tests
 
 demo:  ## train the digits and show how good each width is
 	python examples/train_accelerate.py --overwrite_output_dir
+
+docs:  ## serve the site of the documentation
+	mkdocs serve --config-file docs/mkdocs.yml

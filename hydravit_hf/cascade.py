@@ -89,7 +89,7 @@ def fit_cascade(
             there is not exactly one goal, there are fewer than two widths, an argument is out of its range, or there is
             no data.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, fit_cascade
         >>> config = HydraViTConfig(num_hidden_layers=1, image_size=16, num_labels=2)
@@ -168,7 +168,7 @@ def evaluate_cascade(
     Raises:
         ValueError: There is no data, or an argument is out of its range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, evaluate_cascade
         >>> config = HydraViTConfig(num_hidden_layers=1, image_size=16, num_labels=2)

@@ -100,7 +100,7 @@ def load_images(
         ValueError: The data set has no images or no labels that name classes, some training images have no label,
             or both sources are given.
 
-    Example:
+    Examples:
         >>> from hydravit_hf.data import load_images
         >>> splits = load_images()
         >>> splits["train"].num_rows, splits["test"].num_rows, splits["test"].column_names
@@ -365,7 +365,7 @@ def to_pixel_values(processor, augment=None):
         processor: The model's image processor.
         augment: Function that turns a PIL image, RGB or gray, into another one. None changes nothing.
 
-    Example:
+    Examples:
         >>> from hydravit_hf import HydraViTConfig, make_image_processor
         >>> from hydravit_hf.data import load_digits, to_pixel_values, undecoded
         >>> processor = make_image_processor(HydraViTConfig(image_size=16))
@@ -480,7 +480,7 @@ def multi_hot(dataset: Dataset) -> Dataset:
 
     The names of the classes are in `dataset.features["label"].feature.names` before.
 
-    Example:
+    Examples:
         >>> from datasets import ClassLabel, Dataset, Features, List
         >>> from hydravit_hf.data import multi_hot
         >>> features = Features({"label": List(ClassLabel(names=["cat", "dog"]))})

@@ -32,7 +32,7 @@ def check_images(splits: DatasetDict, num_proc: int | None = None) -> dict:
         number; and `duplicates`, groups of images with the same pixels that are in several splits. Each image has a
         `split`, a `row` and, if there is one, a `path`.
 
-    Example:
+    Examples:
         >>> from hydravit_hf.data import load_digits
         >>> from hydravit_hf.data_checks import check_images
         >>> report = check_images(load_digits(), num_proc=1)

@@ -64,7 +64,7 @@ def elastify(
         ValueError: `vit` is no plain ViT (the message names the reason), or there are no images, or they don't fit the
             ViT or are not finite.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from transformers import ViTConfig, ViTForImageClassification
         >>> from hydravit_hf import elastify

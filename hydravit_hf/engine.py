@@ -66,7 +66,7 @@ class Engine:
             `deadline_ms`.
         ImportError: A package that the runtime needs is not installed.
 
-    Example:
+    Examples:
         >>> from PIL import Image
         >>> from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, make_image_processor
         >>> from hydravit_hf.engine import Engine

@@ -30,7 +30,7 @@ def score(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         logits: Logits, (B, labels).
         labels: Labels, (B,).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hydravit_hf.evaluation import score
         >>> score(torch.tensor([[0.0, 100.0], [100.0, 0.0]]), torch.tensor([0, 0]))[0]
@@ -70,7 +70,7 @@ def evaluate_subnetworks(
     Raises:
         ValueError: There is no data, the model does not hold a width, or it is no single-label classifier.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, evaluate_subnetworks
         >>> config = HydraViTConfig(num_hidden_layers=1, image_size=16, num_labels=2)

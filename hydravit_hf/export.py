@@ -58,7 +58,7 @@ def export_subnetwork(
             has no classifier.
         ImportError: A package that the format needs is not installed.
 
-    Example:
+    Examples:
         >>> from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, export_subnetwork
         >>> model = HydraViTForImageClassification(HydraViTConfig(num_hidden_layers=1, image_size=16))
         >>> path = export_subnetwork(model, 3, "onnx", "3_heads.onnx")

@@ -34,7 +34,7 @@ def make_image_processor(
         ValueError: `crop_fraction` is out of its range, or there is not one number for each channel, above 0 for a
             standard deviation.
 
-    Example:
+    Examples:
         >>> from PIL import Image
         >>> from hydravit_hf import HydraViTConfig, make_image_processor
         >>> processor = make_image_processor(HydraViTConfig(image_size=32))

@@ -27,7 +27,7 @@ def lora_config(r: int = 8, lora_alpha: float | None = None, **kwargs) -> LoraCo
             `modules_to_save` names what is trained whole and saved with the adapter; it is the classifier by default,
             unless the adapter targets that.
 
-    Example:
+    Examples:
         >>> from peft import get_peft_model
         >>> from hydravit_hf import HydraViTConfig, HydraViTForImageClassification
         >>> model = HydraViTForImageClassification(HydraViTConfig(num_hidden_layers=2, image_size=32))

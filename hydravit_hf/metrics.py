@@ -17,7 +17,7 @@ class SubnetworkMetric(evaluate.Metric):
         scores: Names of the scores.
         keep_in_memory: Whether to keep the scores in memory rather than in a file of the cache.
 
-    Example:
+    Examples:
         >>> from hydravit_hf.metrics import SubnetworkMetric
         >>> metric = SubnetworkMetric(["accuracy"])
         >>> metric.add_scores([[1.0], [0.0]], num_heads=3)
@@ -60,7 +60,7 @@ def multi_label_metrics(prediction) -> dict[str, float]:
     They are `average_precision`, the mean over the labels that some image has, and `loss`, the mean cross-entropy of
     each label.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from transformers import EvalPrediction
         >>> from hydravit_hf.metrics import multi_label_metrics
@@ -80,7 +80,7 @@ def multi_label_metrics(prediction) -> dict[str, float]:
 def regression_metrics(prediction) -> dict[str, float]:
     """The metrics of a regression, of an `EvalPrediction`: `mse`, `mae`, and `r2`, averaged over the values.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from transformers import EvalPrediction
         >>> from hydravit_hf.metrics import regression_metrics

@@ -40,7 +40,7 @@ _PROFILER = threading.Lock()  # torch's profiler is one for all threads, and end
 def add_costs(config: HydraViTConfig, rows: list[dict]) -> list[dict]:
     """Add the counted `parameters` and `macs` to rows that have `num_heads`. Values that a row has already stay.
 
-    Example:
+    Examples:
         >>> from hydravit_hf import HydraViTConfig
         >>> from hydravit_hf.profiling import add_costs
         >>> add_costs(HydraViTConfig(), [{"num_heads": 3, "accuracy": 0.7}])
@@ -98,7 +98,7 @@ def profile_subnetworks(
         ValueError: The model does not hold a width, a count is not positive, the model has no classifier, or the device
             is of another kind.
 
-    Example:
+    Examples:
         >>> from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, profile_subnetworks
         >>> model = HydraViTForImageClassification(HydraViTConfig(num_hidden_layers=1, image_size=16))
         >>> rows = profile_subnetworks(model, heads=[3, 12], rounds=3)
@@ -162,7 +162,7 @@ def choose_num_heads(
         ValueError: No width fits (the message says what the narrowest needs), there is no budget, a budget is not a
             positive number, or the rows lack a column that a budget needs.
 
-    Example:
+    Examples:
         >>> from hydravit_hf import choose_num_heads
         >>> rows = [{"num_heads": 3, "latency_ms": 23.0}, {"num_heads": 12, "latency_ms": 267.0}]
         >>> choose_num_heads(rows, max_latency_ms=100)
@@ -236,7 +236,7 @@ def time_interleaved(passes: dict[Any, Callable], rounds: int, warmup: int, disa
     Returns:
         Milliseconds of one call in each round, by the names of `passes`.
 
-    Example:
+    Examples:
         >>> from hydravit_hf.profiling import time_interleaved
         >>> passes = {"short": lambda: sum(range(100)), "long": lambda: sum(range(100_000))}
         >>> milliseconds = time_interleaved(passes, rounds=3, warmup=1, disable_tqdm=True)

@@ -27,7 +27,7 @@ def format_table(rows: list[dict]) -> str:
 
     It has the `COLUMNS` that all rows have, in a fixed order. It leaves out other keys.
 
-    Example:
+    Examples:
         >>> from hydravit_hf.reporting import format_table
         >>> rows = [{"num_heads": 3, "macs": 1253683392, "accuracy": 0.7056}]
         >>> print(format_table([*rows, {"num_heads": 12, "macs": 17563830000, "accuracy": 0.81}]))

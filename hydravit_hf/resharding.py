@@ -32,7 +32,7 @@ def reshard_checkpoint(
         ValueError: `shard_by_heads` names a width that was not trained, or the weights have other heads than the
             configuration says.
 
-    Example:
+    Examples:
         >>> from pathlib import Path
         >>> from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, reshard_checkpoint
         >>> config = HydraViTConfig(num_hidden_layers=2, image_size=32, subnetwork_heads=[3, 12])

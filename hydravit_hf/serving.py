@@ -59,7 +59,7 @@ class Latencies:
     Raises:
         ValueError: There are no rows, or a time is not a positive number.
 
-    Example:
+    Examples:
         >>> from hydravit_hf.serving import Latencies
         >>> rows = [{"num_heads": 3, "batch_size": 1, "latency_ms": 4.0}]
         >>> latencies = Latencies([*rows, {"num_heads": 3, "batch_size": 3, "latency_ms": 8.0}])
@@ -128,7 +128,7 @@ class Scheduler:
     Raises:
         ValueError: An argument is out of its range.
 
-    Example:
+    Examples:
         >>> from hydravit_hf.serving import Latencies, Request, Scheduler
         >>> rows = [{"num_heads": 3, "batch_size": 2, "latency_ms": 5.0}]
         >>> rows += [{"num_heads": 12, "batch_size": 2, "latency_ms": 40.0}]
@@ -270,7 +270,7 @@ def replay(scheduler: Scheduler, requests: Iterable[Request], took: Callable[[in
         A row for each request, in the order in which they end: `request`, `num_heads` (None if it was refused),
         `batch_size`, `start` and `end` in ms, and `is_on_time`.
 
-    Example:
+    Examples:
         >>> from hydravit_hf.serving import Latencies, Request, Scheduler, replay
         >>> rows = [{"num_heads": k, "batch_size": 1, "latency_ms": ms} for k, ms in ((3, 5.0), (12, 40.0))]
         >>> requests = [Request(arrival, arrival + 60) for arrival in (0, 10, 20)]

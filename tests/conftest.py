@@ -13,7 +13,7 @@ import pytest
 import support.models
 import torch
 
-from hydravit_hf import cli
+from hydravit_hf import cli, make_image_processor
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WITHOUT_THE_PACKAGE = """
@@ -40,6 +40,19 @@ def seed():
 def make_model():
     """Makes tiny models; keyword arguments go to the configuration."""
     return support.models.make_model
+
+
+@pytest.fixture
+def save_digits(make_model, tmp_path, monkeypatch):
+    """Saves an untrained model for the digits in `runs/digits` of an empty folder, and goes there."""
+
+    def save(**kwargs):
+        model = make_model(num_attention_heads=12, subnetwork_heads=None, num_labels=10, image_size=8, **kwargs)
+        model.save_pretrained(tmp_path / "runs" / "digits")
+        make_image_processor(model.config).save_pretrained(tmp_path / "runs" / "digits")
+        monkeypatch.chdir(tmp_path)
+
+    return save
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
-"""Every snippet of the README and of the pages on training, loading and elastify runs, in order.
+"""Every snippet of the README runs, in order.
 
-What the pages link to exists, and so do the commands that they name.
+What all pages link to exists, and so do the commands that they name.
 """
 
 import json
@@ -15,38 +15,25 @@ import torch
 import transformers
 import typer
 from huggingface_hub import ModelCard
+from support.pages import PAGES, ROOT, snippets
 from transformers import AutoModelForImageClassification
 
 import hydravit_hf
 from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, HydraViTModel, cli
 from hydravit_hf.data import load_digits
-from hydravit_hf.image_processing import make_image_processor
 
-ROOT = Path(__file__).parents[1]
-PAGES = {
-    file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8")
-    for pattern in ("*.md", "docs/*.md", "examples/space/*.md")
-    for file in ROOT.glob(pattern)
-}
-README, TRAINING = PAGES["README.md"], PAGES["docs/training.md"]
+README = PAGES["README.md"]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-def snippets(language: str, text: str = README) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
-
-
 @pytest.fixture
-def trained(make_model, tmp_path, monkeypatch):
-    model = make_model(num_attention_heads=12, subnetwork_heads=None, num_labels=10, image_size=8)
-    model.save_pretrained(tmp_path / "runs" / "digits")
-    make_image_processor(model.config).save_pretrained(tmp_path / "runs" / "digits")
-    monkeypatch.chdir(tmp_path)
+def trained(save_digits):
+    save_digits()
 
 
 def test_the_python_snippets_run_in_one_interpreter_and_do_what_they_say(trained, capsys):
     names = {}
-    for number, snippet in enumerate(snippets("python")):
+    for number, snippet in enumerate(snippets("python", README)):
         exec(compile(snippet, f"README snippet {number + 1}", "exec"), names)
         if number == 0:  # the output below it, with the labels and scores of another model
             shown = re.search(r"```\n\n```\n(.*?)```", README, flags=re.DOTALL)[1]
@@ -63,60 +50,8 @@ def test_the_python_snippets_run_in_one_interpreter_and_do_what_they_say(trained
     assert names["outputs"].logits.shape == (1, 10) and names["fitted"]["cascade"]["num_heads"] == [3, 6, 12]
 
 
-@pytest.mark.filterwarnings("ignore:.*pin_memory")
-def test_the_snippets_on_training_train_a_checkpoint_that_loads_at_any_width(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    for number, snippet in enumerate(snippets("python", TRAINING)):
-        exec(compile(snippet, f"docs/training.md snippet {number + 1}", "exec"), names)
-    assert names["model"].config.stages(6) == [3, 6]
-    loaded = HydraViTForImageClassification.from_pretrained("runs/trainer", num_attention_heads=3)
-    assert loaded.config.subnetwork_heads == [3]
-    assert "eval_3_heads_accuracy" in names["trainer"].state.log_history[-1]
-    for folder in ("runs/trainer", "runs/stock"):
-        assert len(ModelCard.load(f"{folder}/README.md").data.eval_results) == 4
-        assert {"results.json", "accuracy_over_macs.png"} <= {file.name for file in Path(folder).iterdir()}
-
-
-def test_the_snippets_on_elastify_make_a_vit_elastic_and_teach_it(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    for number, snippet in enumerate(snippets("python", PAGES["docs/elastify.md"])):
-        exec(compile(snippet, f"docs/elastify.md snippet {number + 1}", "exec"), names)
-        if number == 0:
-            digits, model, vit = names["images"][:4]["image"], names["model"], names["vit"]
-            processor = make_image_processor(model.config)
-            pixel_values = processor(digits, return_tensors="pt").pixel_values
-            torch.testing.assert_close(model(pixel_values).logits, vit(pixel_values).logits, atol=1e-4, rtol=0)
-    assert names["trainer"].state.global_step == 2
-
-
-def test_the_snippets_on_loading_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    for number, snippet in enumerate(snippets("python", PAGES["docs/loading.md"])):
-        exec(compile(snippet, f"docs/loading.md snippet {number + 1}", "exec"), names)
-    assert (names["small"].config.hidden_size, names["middle"].config.hidden_size) == (192, 320)
-
-
-def test_the_snippet_on_serving_replays_a_load(capsys):
-    (snippet,) = snippets("python", PAGES["docs/serving.md"])
-    exec(compile(snippet, "docs/serving.md", "exec"), {})
-    assert re.match(r"100 of 100 on time, at \{\d", capsys.readouterr().out)
-
-
-@pytest.mark.filterwarnings("ignore:.*pin_memory")
-def test_the_snippets_on_data_train_on_several_labels(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    for number, snippet in enumerate(snippets("python", PAGES["docs/data.md"])):
-        exec(compile(snippet, f"docs/data.md snippet {number + 1}", "exec"), names)
-    assert names["left_out"] == {"train": 0, "test": 0} and names["train_dataset"][0]["pixel_values"].shape == (3, 8, 8)
-    assert names["trainer"].evaluate().keys() >= {"eval_3_heads_average_precision", "eval_mean_average_precision"}
-
-
 def test_the_commands_install_extras_that_exist():
-    *commands, shell = snippets("bash")
+    *commands, shell = snippets("bash", README)
     assert len(commands) == 2 and len(shell.splitlines()) > 3
     for command in commands:
         assert command.count("\n") == 1  # one line installs and runs
@@ -170,7 +105,7 @@ def test_the_tree_of_the_package_names_each_of_its_files():
 
 def test_the_lines_for_a_shell_run(trained, monkeypatch):
     load_digits()["test"][0]["image"].save("digit.png")
-    for line in snippets("bash")[-1].splitlines():
+    for line in snippets("bash", README)[-1].splitlines():
         name, *arguments = shlex.split(line)
         assert name == "hydravit"
         if arguments[0] == "card":  # what training leaves

@@ -42,7 +42,7 @@ def uncertainty(logits: torch.Tensor, criterion: str = "entropy", temperature: f
     Raises:
         ValueError: The criterion is unknown.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hydravit_hf.model.cascade_hydravit import uncertainty
         >>> uncertainty(torch.tensor([[0.0, 0.0], [50.0, 0.0]]), "probability")

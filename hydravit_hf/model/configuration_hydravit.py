@@ -69,7 +69,7 @@ class HydraViTConfig(BackboneConfigMixin, PreTrainedConfig):
         ValueError: An argument is out of its range, or `hidden_size` or `intermediate_size` disagrees with the value
             that follows from the other arguments.
 
-    Example:
+    Examples:
         >>> from hydravit_hf import HydraViTConfig
         >>> config = HydraViTConfig(num_attention_heads=6)
         >>> config.hidden_size, config.subnetwork_heads

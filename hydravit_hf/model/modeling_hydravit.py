@@ -356,7 +356,7 @@ class HydraViTPreTrainedModel(NestedCheckpointMixin, ViTConversionMixin, Adaptab
 class HydraViTModel(HydraViTPreTrainedModel):
     """The encoder, without a classifier.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hydravit_hf import HydraViTConfig, HydraViTModel
         >>> model = HydraViTModel(HydraViTConfig(num_hidden_layers=2, image_size=32)).eval()
@@ -498,7 +498,7 @@ class HydraViTBackbone(BackboneMixin, HydraViTModel):
 class HydraViTForImageClassification(HydraViTPreTrainedModel):
     """The encoder with a linear classifier on its class token.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hydravit_hf import HydraViTConfig, HydraViTForImageClassification
         >>> config = HydraViTConfig(num_hidden_layers=2, image_size=32, num_labels=10)
@@ -535,17 +535,23 @@ class HydraViTForImageClassification(HydraViTPreTrainedModel):
         """Classify images with the leading heads.
 
         Args:
-            pixel_values, num_heads_active, interpolate_pos_encoding, kwargs: As in `HydraViTModel.forward`.
+            pixel_values: Images, (B, C, H, W).
             labels: Targets, from which a loss is computed: (B,) for `config.problem_type`
                 "single_label_classification", (B, labels) for "multi_label_classification" and "regression", or (B,)
                 for a regression of one value.
+            num_heads_active: Number of heads to run, k. None means `config.num_heads_active`. If that is None too,
+                `train()` mode draws from `config.subnetwork_heads` with torch's default generator, and `eval()` mode
+                runs all heads.
+            interpolate_pos_encoding: Whether to accept images of another size, by interpolating the position
+                embeddings.
+            kwargs: `output_attentions`, `output_hidden_states` and `return_dict`, as in `HydraViTModel.forward`.
 
         Returns:
             `loss` (scalar, or None without `labels`), `logits` (B, labels), `hidden_states` and `attentions`. With
             token recycling, `train()` mode returns a `HydraViTStagesOutput`.
 
         Raises:
-            ValueError: As in `HydraViTModel.forward`.
+            ValueError: The images have a wrong shape, or the model does not hold the width.
         """
         if self.config.token_recycling and self.training:
             return forward_stages(self, pixel_values, labels, num_heads_active, interpolate_pos_encoding, **kwargs)
@@ -574,8 +580,25 @@ class HydraViTForImageClassification(HydraViTPreTrainedModel):
         temperatures: list[float] | None = None,
         interpolate_pos_encoding: bool = False,
     ) -> CascadeOutput:
-        """Classify each image with as many heads as it needs. `cascade_hydravit.run_cascade` explains the arguments;
-        those that are None come from `config.cascade`."""
+        """Classify each image with as many heads as it needs: the narrowest first, and the uncertain ones at the next.
+
+        It computes no gradients.
+
+        Args:
+            pixel_values: Images, (B, C, H, W).
+            num_heads: Head counts in increasing order. None takes the arguments that are None from `config.cascade`.
+            thresholds: An image goes on if its `uncertainty` is at least the threshold of the step: one number for all
+                steps, or a list. With 0, all images go on to the widest. With infinity, all stop at the narrowest.
+            criterion: Measure of the uncertainty: "entropy", "margin" or "probability". None means "entropy".
+            temperatures: Temperature of the uncertainty at each of `num_heads`. None means 1.
+            interpolate_pos_encoding: As in `forward`.
+
+        Returns:
+            `logits`, (B, labels), and the `num_heads` and `macs` that each image took, (B,).
+
+        Raises:
+            ValueError: An argument is out of its range, or the model does not choose one of several labels.
+        """
         return run_cascade(self, pixel_values, num_heads, thresholds, criterion, temperatures, interpolate_pos_encoding)
 
 

@@ -37,7 +37,7 @@ def width_dims(name: str, ndim: int) -> tuple[int, ...]:
     The other dimensions are labels, tokens, input channels and the pixels of a patch. A classifier with one dimension
     more than usual is the stack of `SeparateClassifiers`. The parts of a quantized weight have the weight's dimensions.
 
-    Example:
+    Examples:
         >>> from hydravit_hf.model.nesting_hydravit import width_dims
         >>> width_dims("hydravit.layers.0.mlp.fc1.weight", 2), width_dims("classifier.weight", 2)
         ((0, 1), (1,))

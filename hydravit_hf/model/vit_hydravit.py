@@ -44,7 +44,7 @@ class ViTConversionMixin:
             ValueError: `vit_or_deit` is no plain ViT (the message names the reason) or lacks parameters, or its MLP is
                 not a multiple of its width.
 
-        Example:
+        Examples:
             >>> from transformers import ViTConfig, ViTForImageClassification
             >>> from hydravit_hf import HydraViTForImageClassification
             >>> sizes = {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 192, "num_hidden_layers": 2}

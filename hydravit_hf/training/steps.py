@@ -135,7 +135,7 @@ def schedule_odds(
     Raises:
         ValueError: There is not one positive sum of `final_weights`, with one for each of `subnetwork_heads`.
 
-    Example:
+    Examples:
         >>> from hydravit_hf import HydraViTConfig
         >>> from hydravit_hf.training.steps import schedule_odds
         >>> config = HydraViTConfig(num_attention_heads=6)
@@ -186,7 +186,7 @@ def sample_subnetworks(
     Raises:
         ValueError: The `sampling` is unknown, or token recycling meets another one than "weighted".
 
-    Example:
+    Examples:
         >>> from hydravit_hf import HydraViTConfig, sample_subnetworks
         >>> sample_subnetworks(HydraViTConfig(), seed=0, step=0, sampling="sandwich")
         [12, 7, 3]

@@ -1,0 +1,133 @@
+"""The Python blocks of each page of docs/ run in order, in one interpreter, and do what the page says."""
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from support.pages import PAGES, ROOT, snippets
+
+import hydravit_hf
+from hydravit_hf import HydraViTForImageClassification
+from hydravit_hf.image_processing import make_image_processor
+
+NEEDED = {"docs/export.md": "onnxscript", "docs/lora.md": "peft"}
+ELSEWHERE = {"docs/quantization.md"}  # it needs torchao: tests/model/test_quantization.py runs it
+SLOW = {"docs/export.md", "docs/training.md"}  # their fast siblings are the tests of these rooms
+RUN = sorted(page for page in PAGES.keys() - ELSEWHERE if page.startswith("docs/") and snippets("python", PAGES[page]))
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory")
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of exporters and PEFT
+@pytest.mark.parametrize("page", [pytest.param(page, marks=[pytest.mark.slow] * (page in SLOW)) for page in RUN])
+def test_the_snippets_of_a_page_run_and_do_what_it_says(page, save_digits, make_model, capsys):
+    if page in NEEDED:
+        pytest.importorskip(NEEDED[page])
+    save_digits()
+    names = _names_before(page, make_model)
+    for number, snippet in enumerate(snippets("python", PAGES[page])):
+        code = "".join(line for line in snippet.splitlines(keepends=True) if _is_installed(line))
+        exec(compile(code, f"{page} snippet {number + 1}", "exec"), names)
+    CHECKS[page](names, capsys.readouterr().out)
+
+
+def _names_before(page: str, make_model) -> dict:
+    """What a page takes for granted."""
+    if page != "docs/export.md":
+        return {}
+    import onnxruntime
+
+    model = make_model(num_attention_heads=12, subnetwork_heads=[3, 6, 12], num_labels=10)
+    model.config.cascade = {"num_heads": [3, 12], "thresholds": 0.5}
+    images = np.random.default_rng(0).standard_normal((2, 3, 16, 16), dtype=np.float32)
+    names = {"model": model, "image_processor": make_image_processor(model.config), "images": images}
+    return names | {"np": np, "onnxruntime": onnxruntime}
+
+
+def _is_installed(line: str) -> bool:
+    """Whether a line needs no runtime that is missing here."""
+    return '"executorch"' not in line or find_spec("executorch") is not None
+
+
+def check_training(names, printed):
+    assert "eval_3_heads_accuracy" in printed
+    loaded = HydraViTForImageClassification.from_pretrained("runs/trainer", num_attention_heads=3)
+    assert loaded.config.subnetwork_heads == [3]
+    assert "eval_3_heads_accuracy" in names["trainer"].state.log_history[-1]
+    for folder in ("runs/trainer", "runs/stock"):
+        assert len(ModelCard.load(f"{folder}/README.md").data.eval_results) == 4
+        assert {"results.json", "accuracy_over_macs.png"} <= {file.name for file in Path(folder).iterdir()}
+    assert names["args"].sample(names["config"], 0, 0, 4) == [4, 3] and names["heads"][0] == 6
+    assert names["model"].config.stages(6) == [3, 6]
+
+
+def check_elastify(names, printed):
+    assert names["trainer"].state.global_step == 2
+
+
+def check_loading(names, printed):
+    assert (names["small"].config.hidden_size, names["middle"].config.hidden_size) == (192, 320)
+
+
+def check_serving(names, printed):
+    assert re.match(r"100 of 100 on time, at \{\d", printed)
+
+
+def check_data(names, printed):
+    assert names["left_out"] == {"train": 0, "test": 0} and names["train_dataset"][0]["pixel_values"].shape == (3, 8, 8)
+    assert names["trainer"].evaluate().keys() >= {"eval_3_heads_average_precision", "eval_mean_average_precision"}
+
+
+def check_lora(names, printed):
+    torch.testing.assert_close(float(re.search(r"tensor\(([\d.e-]+)", printed)[1]), 0.0, atol=1e-5, rtol=0)
+    assert names["merged"].config.num_attention_heads == 12
+
+
+def check_export(names, printed):
+    model, images = names["model"], torch.tensor(names["images"])
+    cascade = model.cascade(images)
+    torch.testing.assert_close(
+        torch.tensor(names["logits"]), model(images, num_heads_active=3).logits, atol=1e-2, rtol=0
+    )
+    assert names["num_heads"].tolist() == cascade.num_heads.tolist()
+    for file in ("3_heads", "6_heads"):
+        assert Path(f"{file}_int8.onnx").stat().st_size < Path(f"{file}.onnx").stat().st_size
+
+
+CHECKS = {page: globals()[f"check_{Path(page).stem}"] for page in RUN}
+
+
+def test_each_page_is_in_the_index_and_each_public_name_in_the_api():
+    index, api = PAGES["docs/README.md"], PAGES["docs/api.md"]
+    pages = {Path(page).name for page in PAGES if page.startswith("docs/")} - {"README.md"}
+    assert set(re.findall(r"\]\(([\w.]+)\)", index)) == pages
+    named = re.findall(r"^::: hydravit_hf\.(\w+)$", api, flags=re.MULTILINE)
+    assert sorted(name for name in named if name in hydravit_hf.__all__) == sorted(hydravit_hf.__all__)
+
+
+def test_each_number_of_processes_keeps_the_recipe_of_the_paper():
+    """5e-4 for each 512 images of a step, in the recipe, in the table and in each command that names the recipe."""
+    recipe = yaml.safe_load((ROOT / "examples" / "imagenet1k.yaml").read_text())
+    rate, batch = recipe["learning_rate"], recipe["per_device_train_batch_size"]
+    assert rate / 5e-4 * 512 == 2 * batch
+    rows = re.findall(
+        r"^\| (\d+) \| (\d+) \| (\d+) \| ([\d,]+) \| ([\d.]+) \|$", PAGES["docs/multi_node.md"], re.MULTILINE
+    )
+    assert len(rows) > 3
+    for processes, batch_size, accumulation, images, learning_rate in rows:
+        assert int(processes) * int(batch_size) * int(accumulation) == int(images.replace(",", ""))
+        assert float(learning_rate) == pytest.approx(5e-4 * int(images.replace(",", "")) / 512)
+    files = [*ROOT.glob("examples/*.yaml")]
+    texts = [*PAGES.values(), *(re.sub("^# ?", "", file.read_text(), flags=re.MULTILINE) for file in files)]
+    lines = [line for text in texts for line in text.replace("\\\n", " ").splitlines() if "--config_file" in line]
+    commands = [line for line in lines if "--config examples/imagenet1k.yaml" in line]
+    assert len(commands) > 3
+    for command in commands:
+        launcher = yaml.safe_load((ROOT / re.search(r"--config_file (\S+)", command)[1]).read_text())
+        given = re.search(r"--per_device_train_batch_size (\d+)", command)
+        images = launcher["num_processes"] * (int(given[1]) if given else batch)
+        assert rate == pytest.approx(5e-4 * images / 512), command
