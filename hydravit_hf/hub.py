@@ -86,7 +86,7 @@ def push_checkpoint(
     if "README.md" in names:
         _check_local_paths(folder / "README.md")
     else:
-        logger.warning(f"'{folder}' has no card README.md. `hydravit card {folder}` makes one.")
+        logger.warning(f"'{folder}' has no card README.md. {_how_to_make_a_card(folder)} makes one; then push again.")
     paths = {name: folder / name for name in names}
     if endpoint:
         if (folder / "handler.py").exists():
@@ -168,6 +168,12 @@ def _check_card(file: Path):
         raise ValueError(f"The Hub does not accept the metadata of '{file}': {error}") from error
 
 
+def _how_to_make_a_card(folder: Path) -> str:
+    results = folder / "results.json"
+    evaluate = "" if results.is_file() else f"`hydravit evaluate {folder} IMAGES --output {results}`, and then "
+    return f"{evaluate}`hydravit card {folder}`"
+
+
 def _check_local_paths(file: Path):
     """Raise a `ValueError` if a card tells the folders of this machine, or loads its model from one."""
     text = file.read_text(encoding="utf-8")
@@ -192,7 +198,8 @@ def _check_local_paths(file: Path):
 
 def _with_repo_id(text: str, repo_id: str) -> str:
     """A card of this package whose code loads the repository."""
-    return re.sub('^path = ".*"$', lambda _: f'path = "{repo_id}"', text, count=1, flags=re.MULTILINE)
+    first = re.search('^path = ".*"$', text, flags=re.MULTILINE)
+    return text if first is None else text.replace(f"\n{first[0]}\n", f'\npath = "{repo_id}"\n')
 
 
 def _read_json(file: Path) -> dict:

@@ -1,6 +1,9 @@
 """The model card: how good each width of a checkpoint is, what it costs and how to load it."""
 
+import inspect
 import json
+import re
+from itertools import chain
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -15,6 +18,7 @@ from .reporting import format_table, plot_accuracy
 
 logger = logging.get_logger(__name__)
 
+DATASET_NAME = "held-out images"
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
 
@@ -23,7 +27,7 @@ def create_model_card(
     results: list[dict],
     title: str,
     model_id: str | None = None,
-    dataset_name: str = "held-out images",
+    dataset_name: str = DATASET_NAME,
     dataset_id: str | None = None,
     dataset_split: str = "test",
     results_note: str | None = None,
@@ -57,7 +61,7 @@ def create_model_card(
     Raises:
         ValueError: There are no results, a row lacks `num_heads` or `accuracy`, or the model does not hold a width.
 
-    Example:
+    Examples:
         >>> from hydravit_hf import HydraViTConfig, create_model_card
         >>> rows = [{"num_heads": 3, "accuracy": 0.7}, {"num_heads": 12, "accuracy": 0.8}]
         >>> card = create_model_card(HydraViTConfig(), rows, "my-model", dataset_name="my images")
@@ -124,14 +128,113 @@ def create_model_card(
 
 def save_model_card(folder: str | Path, model, results: list[dict], title: str, **kwargs) -> ModelCard:
     """Write the card `README.md`, its plot `accuracy_over_macs.png` and `results.json` into a folder. The arguments are
-    those of `create_model_card`."""
+    those of `create_model_card`.
+
+    A card of this function that is there already is made again, and what can't be computed stays: the sections and the
+    metadata that this function does not write, the licence, the base model and the id that the code loads. Where the
+    accuracies say that the weights are still the same, so do the texts on training and limits and the results of other
+    data. An argument other than its default replaces what the card says.
+    """
     folder, plot = Path(folder), "accuracy_over_macs.png"
     results = add_costs(_config_of(model), results)
+    previous = _PreviousCard.read(folder / "README.md")
+    if previous is not None:
+        kwargs = previous.complete(kwargs, results)
     card = create_model_card(model, results, title, plot=plot, **kwargs)
-    plot_accuracy(results, folder / plot, kwargs.get("dataset_name", "held-out images"))
+    if previous is not None:
+        previous.add_to(card)
+    plot_accuracy(results, folder / plot, kwargs.get("dataset_name", DATASET_NAME))
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     card.save(folder / "README.md")
     return card
+
+
+DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(create_model_card).parameters.items()}
+
+
+class _PreviousCard:
+    """A card that is about to be replaced, and what only it knows."""
+
+    def __init__(self, card: ModelCard):
+        self.card, self.sections, self.results = card, _sections(card.text), card.data.eval_results or []
+
+    @classmethod
+    def read(cls, file: Path):
+        """The card of this package in a file, or None."""
+        if not file.is_file():
+            return None
+        card = ModelCard.load(file, ignore_metadata_errors=True)
+        return cls(card) if "hydravit" in (card.data.tags or []) else None
+
+    def complete(self, given: dict, results: list[dict]) -> dict:
+        """Complete the arguments of a new card. `results` are its rows."""
+        given = {name: value for name, value in given.items() if name not in DEFAULTS or value != DEFAULTS[name]}
+        path = re.search('^path = "(.*)"$', self.card.text, flags=re.MULTILINE)
+        known = {"license": self.card.data.license, "base_model": self.card.data.base_model}
+        known["model_id"] = path[1] if path else None
+        name = given.get("dataset_name", self.results[0].dataset_name if self.results else None)
+        accuracies = {row["num_heads"]: round(row["accuracy"], 5) for row in results}
+        measured = [
+            result for result in self.results if (result.dataset_name, result.metric_type) == (name, "accuracy")
+        ]
+        again = {_heads_of(result): result for result in measured if _heads_of(result) in accuracies}
+        if any(result.metric_value != accuracies[heads] for heads, result in again.items()):
+            self.results = []  # they are of other weights, and so are the texts
+        else:
+            self.results = [result for result in self.results if result not in again.values()]
+            known |= self._texts() | (self._data(next(iter(again.values()))) if again else {})
+        return {name: value for name, value in known.items() if value} | given
+
+    def _texts(self) -> dict:
+        limits = re.sub(r"(?s)^(The narrow widths .*? stand|Widths other .*? chance)\.", "", self._body("Limits"))
+        order = re.search(r"It is (.*) with its directions, heads and neurons in the order", self.card.text)
+        ordered_from = order[1] if order else None
+        return {"training": self._body("Training"), "limits": limits.strip(), "ordered_from": ordered_from}
+
+    def _data(self, result: EvalResult) -> dict:
+        """The data that the results are of."""
+        note = self._body("How good each width is, and what it costs").partition("\n\n|")[0]
+        has_id = result.dataset_type != result.dataset_name
+        return {
+            "dataset_name": result.dataset_name,
+            "dataset_id": result.dataset_type if has_id else None,
+            "dataset_split": result.dataset_split,
+            "results_source": (result.source_name, result.source_url) if result.source_name else None,
+            "results_note": note,
+        }
+
+    def _body(self, heading: str) -> str:
+        return self.sections.get(heading, "").partition("\n")[2].strip()
+
+    def add_to(self, card: ModelCard):
+        """Add the results, the metadata and the sections that a new card does not have."""
+        card.data.eval_results = [*card.data.eval_results, *self.results]
+        new = card.data.to_dict()
+        for name, value in self.card.data.to_dict().items():
+            if name in ("tags", "datasets", "metrics") and name in new:
+                values = [[field] if isinstance(field, str) else field for field in (new[name], value)]
+                merged = list(dict.fromkeys(chain(*values)))
+                card.data[name] = merged if len(merged) > 1 else new[name]
+            elif name not in new:
+                card.data[name] = value
+        new_sections = _sections(card.text)
+        own = [text.strip() + "\n\n" for heading, text in self.sections.items() if heading not in new_sections]
+        card.text = card.text.replace("## Citation\n", "".join(own) + "## Citation\n")
+
+
+def _heads_of(result: EvalResult) -> int | None:
+    return (result.metric_args or {}).get("num_heads_active")
+
+
+def _sections(text: str) -> dict[str, str]:
+    """The parts of a page by their headings of the second level. The part before the first has the key ""."""
+    sections, heading, is_code = {"": ""}, "", False
+    for line in text.splitlines(keepends=True):
+        is_code ^= line.startswith("```")
+        if line.startswith("## ") and not is_code:
+            heading = line[3:].strip()
+        sections[heading] = sections.get(heading, "") + line
+    return sections
 
 
 class ModelCardCallback(TrainerCallback):

@@ -12,11 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from PIL import Image
 from support.hub_server import HubServer
+from transformers import ViTConfig, ViTForImageClassification
 
-from hydravit_hf import HydraViTConfig, HydraViTForImageClassification
-from hydravit_hf.data import load_digits
+from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, elastify, evaluate_subnetworks
+from hydravit_hf.data import load_digits, to_pixel_values
 from hydravit_hf.hub import HANDLER
 from hydravit_hf.image_processing import make_image_processor
 from hydravit_hf.model_card import save_model_card
@@ -572,6 +575,9 @@ DAMAGES = {
     "an empty file": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "ValueError.*is not a whole"),
     "a card that is no mapping": (write_card("- license"), "ValueError.*README.md"),
     "a card that is no YAML": (write_card("license: [mit"), "ValueError.*README.md"),
+    "a card with a licence that there is not": (write_card("license: my own"), "ValueError.*README.md.*license"),
+    "a card without the name of its data": (write_card("datasets: [null]"), "ValueError.*README.md.*datasets"),
+    "a card with a number for a tag": (write_card("tags: [birds, 5]"), "ValueError.*README.md.*tags"),
     "a card with a bad model-index": (write_card("model-index:\n- name: digits"), "ValueError.*README.md"),
 }
 
@@ -590,8 +596,57 @@ def test_the_code_on_a_pushed_card_loads_the_repository_as_it_stands(hub, user, 
     blocks = re.findall("```python\n(.*?)```", card, flags=re.DOTALL)
     with_package = "\n".join(blocks[:2]).replace('image = "image.png"', image)
     assert user(f"{with_package}\nresult = vit.num_parameters()") == model.config.count_parameters(3)
-    without = "\n".join(['path = "user/carded"', image, *blocks[2:]])
+    without = "\n".join(blocks[2:]).replace('image = "image.png"', image)
     assert reader(f"{without}\nresult = len(features), len(features[0])") == [1, 3 * model.config.head_dim]
+
+
+def test_a_folder_without_a_card_is_published_and_told_how_to_make_one(hub, user, save):
+    folder, _ = save()
+    push(user, folder, "user/cardless")
+    assert "README.md" not in hub.repos["user/cardless"].files()
+    evaluate = f"`hydravit evaluate {folder} IMAGES --output {folder}/results.json`, and then "
+    card = f"`hydravit card {folder}` makes one; then push again."
+    assert f"'{folder}' has no card README.md. {evaluate}{card}" in user.errors.read_text()
+    (folder / "results.json").write_text("[]")
+    push(user, folder, "user/cardless")
+    assert f"'{folder}' has no card README.md. {card}" in user.errors.read_text()
+
+
+def test_a_stranger_runs_the_card_of_an_elastic_vit_as_it_stands(hub, user, tmp_path):
+    """elastify, a card, a push in files by width; then a process without the package and with an empty cache."""
+    sizes = {"hidden_size": 48, "num_attention_heads": 6, "intermediate_size": 192, "num_hidden_layers": 1}
+    vit = ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4, num_labels=10)).eval()
+    processor, digits = make_image_processor(vit.config), load_digits()
+    images = {name: digits[name].with_transform(to_pixel_values(processor)) for name in digits}
+    model = elastify(vit, images["train"], max_images=64)
+    folder = tmp_path / "elastic"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    rows = evaluate_subnetworks(model, images["test"].select(range(64)), disable_tqdm=True)
+    save_model_card(folder, model, rows, "elastic", dataset_name="64 digits", ordered_from="a new ViT")
+    push(user, folder, "user/elastic", shard_by_heads=[3])
+
+    repo = hub.repos["user/elastic"].files()
+    card = ModelCard(repo["README.md"].decode())
+    html = MarkdownIt("commonmark").enable("table").render(card.text)
+    assert html.count("<tr>") == 1 + len(rows) and "It is a new ViT with its directions" in html
+    (plot,) = re.findall('<img src="(.*?)"', html)
+    assert repo[plot].startswith(b"\x89PNG")
+    assert [result.metric_value for result in card.data.eval_results] == [round(row["accuracy"], 5) for row in rows]
+
+    home = tmp_path / "stranger"
+    home.mkdir()
+    digit = digits["test"][0]["image"]
+    digit.save(home / "image.png")
+    blocks = re.findall("```python\n(.*?)```", card.text, flags=re.DOTALL)
+    (block,) = (block for block in blocks if "AutoModelForImageClassification" in block)
+    start = len(hub.log)
+    with Client(hub, home, WITHOUT_THE_PACKAGE) as stranger:
+        found = stranger(f"{block}\nresult = small.num_parameters(), classify(image, num_heads_active=3)[0]['score']")
+    scores = model(processor(digit, return_tensors="pt").pixel_values, num_heads_active=3).logits.softmax(-1)
+    assert found == [model.config.count_parameters(3), pytest.approx(scores.max().item(), abs=1e-4)]
+    loaded = [path for method, path in hub.log[start:] if method == "GET" and path.startswith("/storage/")]
+    assert len(loaded) == 2  # the narrow model downloads the first file, and the pipeline the other one
 
 
 @pytest.mark.parametrize(

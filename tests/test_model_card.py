@@ -188,6 +188,90 @@ def test_a_saved_card_lies_beside_its_plot_and_results(model, tmp_path):
     assert "](accuracy_over_macs.png)" in ModelCard.load(tmp_path / "README.md").text
 
 
+OWN = """---
+language: en
+license: mit
+base_model: user/vit
+datasets:
+- user/images
+- user/more
+tags:
+- hydravit
+- birds
+thumbnail: https://example.org/bird.png
+model-index:
+- name: tiny
+  results:
+  - task: {type: image-classification}
+    dataset: {name: Sketches, type: user/sketches, split: test}
+    metrics:
+    - {type: accuracy, value: 0.5, args: {num_heads_active: 3}}
+---
+"""
+
+
+@pytest.fixture
+def written(model, tmp_path):
+    """A card to which its owner has added words, fields and the result of another data set."""
+    options = {"dataset_name": "Made-up images", "dataset_id": "user/images", "model_id": "user/tiny"}
+    notes = {"training": "For a week.", "limits": "Few images.", "results_note": "Measured twice."}
+    save_model_card(tmp_path, model, ROWS, "tiny", **options, **notes)
+    card, own = ModelCard.load(tmp_path / "README.md"), ModelCard(OWN).data
+    own.eval_results = [*card.data.eval_results, *own.eval_results]
+    card.data = own
+    card.text = card.text.replace("## Citation", "## Intended use\n\n```bash\n## birds only\n```\n\n## Citation")
+    card.save(tmp_path / "README.md")
+    return card
+
+
+def test_a_card_that_is_made_again_keeps_what_can_not_be_computed(model, tmp_path, written):
+    costs = {"latency_ms": 2.5, "batch_size": 1, "device": "Abacus 3000", "dtype": "float32"}
+    save_model_card(tmp_path, model, [row | costs for row in ROWS], "tiny", training=None, license="apache-2.0")
+    text = (tmp_path / "README.md").read_text()
+    card = ModelCard(text)
+    assert card.data.license == "mit" and card.data.base_model == "user/vit" and card.data.language == "en"
+    assert card.data.thumbnail == written.data.thumbnail and card.data.datasets == ["user/images", "user/more"]
+    assert {"birds", "nested-models"} <= set(card.data.tags)
+    assert card.data.eval_results == written.data.eval_results
+    assert "Measured twice.\n\n| heads" in text and "| latency |" in text and "Abacus 3000" in text
+    assert 'path = "user/tiny"' in text and "## Training\n\nFor a week.\n" in text
+    assert text.count("close to chance. Few images.\n") == 1
+    assert text.count("## Intended use\n\n```bash\n## birds only\n```\n\n## Citation\n") == 1
+    save_model_card(tmp_path, model, [row | costs for row in ROWS], "tiny")
+    assert (tmp_path / "README.md").read_text() == text
+
+
+def test_a_card_of_other_weights_keeps_the_words_of_its_owner_and_no_old_result(model, tmp_path, written):
+    better = [row | {"accuracy": 0.99} for row in ROWS]
+    save_model_card(tmp_path, model, better, "tiny", dataset_name="Made-up images", dataset_id="user/images")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert {result.metric_value for result in card.data.eval_results} == {0.99}
+    assert "## Intended use" in card.text and card.data.license == "mit" and "birds" in card.data.tags
+    assert not any(words in card.text for words in ("For a week", "Few images", "Measured twice"))
+
+
+def test_results_of_another_data_set_come_beside_those_that_are_there(model, tmp_path, written):
+    other = [row | {"accuracy": 0.7} for row in ROWS[:2]]
+    save_model_card(tmp_path, model, other, "tiny", dataset_name="Photographs", limits="Many images.")
+    card = ModelCard.load(tmp_path / "README.md")
+    names = [result.dataset_name for result in card.data.eval_results]
+    assert names == ["Photographs"] * 2 + ["Made-up images"] * len(ROWS) + ["Sketches"]
+    assert "Accuracy on Photographs." in card.text and "For a week." in card.text
+    assert "Many images." in card.text and "Few images." not in card.text
+
+
+def test_a_card_that_others_made_is_replaced(model, tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\ntags: [generated_from_trainer]\n---\n## Usage\n")
+    card = save_model_card(tmp_path, model, ROWS, "tiny")
+    assert card.data.license == "apache-2.0" and "## Usage" not in card.text
+
+
+def test_an_elastic_model_stays_one_that_was_not_trained(model, tmp_path):
+    for options in ({"ordered_from": "user/vit"}, {}):
+        text = save_model_card(tmp_path, model, ROWS, "tiny", **options).text
+        assert "It is user/vit with its directions" in text and "was trained to run" not in text
+
+
 # The callback of a Trainer, which HydraViTTrainer adds by itself; see training/test_trainer.py
 
 

@@ -22,6 +22,25 @@ from urllib.parse import unquote, urlsplit
 
 import yaml
 
+LICENSES = """
+    apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
+    afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5
+    cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0
+    cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0
+    cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl
+    lgpl-2.1 lgpl-3.0 isc lppl-1.3c ms-pl mpl-2.0 odc-by odbl openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib
+    pddl lgpl-lr deepfloyd-if-license llama2 gemma unknown other
+"""
+TASKS = ["image-classification", "image-feature-extraction", "image-segmentation", "object-detection"]  # of vision
+REPO_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+FIELDS = {  # what each value of a field of a card must be
+    "license": re.compile("|".join(map(re.escape, LICENSES.split()))),
+    "datasets": REPO_ID,
+    "base_model": REPO_ID,
+    "tags": re.compile(".+"),
+    "metrics": re.compile(".+"),
+    "library_name": re.compile(".+"),
+}
 CHUNK = 2**16  # bytes of an answer that are sent at once
 LARGE = {".safetensors", ".png", ".bin", ".pt"}
 ATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in sorted(LARGE)).encode()
@@ -330,7 +349,7 @@ class HubServer:
 
 
 def check_card(text: str) -> tuple[str | None, str | None]:
-    """What is wrong and what is doubtful about a card's metadata, by the Hub's documentation."""
+    """What is wrong and what is doubtful about a card's metadata, by the Hub's documentation (modelcard.md)."""
     match = re.match(r"---\r?\n(.*?)\r?\n?---\s*(\n|$)", text, flags=re.DOTALL)
     if match is None or not match[1].strip():
         return None, "empty or missing yaml metadata in repo card"
@@ -340,6 +359,14 @@ def check_card(text: str) -> tuple[str | None, str | None]:
         return f"The metadata is not YAML: {error}", None
     if not isinstance(metadata, dict):
         return "The metadata must be a mapping", None
+    return _find_error(metadata), _find_doubt(metadata)
+
+
+def _find_error(metadata: dict) -> str | None:
+    for name, pattern in FIELDS.items():
+        for value in _listed(metadata.get(name, [])):
+            if not isinstance(value, str) or not pattern.fullmatch(value):
+                return f'"{name}" with value {value!r} is not valid'
     try:
         for model in metadata.get("model-index", []):
             names = [model["name"]]
@@ -347,10 +374,19 @@ def check_card(text: str) -> tuple[str | None, str | None]:
                 names += [result["task"]["type"], result["dataset"]["type"], result["dataset"]["name"]]
                 names += [metric["type"] for metric in result["metrics"] if metric["value"] is not None]
             if not all(isinstance(name, str) and name for name in names):
-                return '"model-index" has a name or type that is no text', None
+                return '"model-index" has a name or type that is no text'
     except (AttributeError, KeyError, TypeError) as error:
-        return f'"model-index" is not as it must be: {error!r}', None
-    return None, None
+        return f'"model-index" is not as it must be: {error!r}'
+    return None
+
+
+def _find_doubt(metadata: dict) -> str | None:
+    task = metadata.get("pipeline_tag", "image-classification")
+    return None if task in TASKS else f"The pipeline tag {task!r} is not in the official list: {', '.join(TASKS)}"
+
+
+def _listed(value) -> list:
+    return value if isinstance(value, list) else [value]
 
 
 class Handler(BaseHTTPRequestHandler):
