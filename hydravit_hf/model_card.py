@@ -217,8 +217,8 @@ class _PreviousCard:
                 card.data[name] = merged if len(merged) > 1 else new[name]
             elif name not in new:
                 card.data[name] = value
-        new_sections = _sections(card.text)
-        own = [text.strip() + "\n\n" for heading, text in self.sections.items() if heading not in new_sections]
+        written = _sections(TEMPLATE.read_text(encoding="utf-8"))
+        own = [text.strip() + "\n\n" for heading, text in self.sections.items() if heading not in written]
         card.text = card.text.replace("## Citation\n", "".join(own) + "## Citation\n")
 
 

@@ -1,8 +1,15 @@
-"""The Python blocks of each page of docs/ run in order, in one interpreter, and do what the page says."""
+"""The Python blocks of each page of docs/ run in order, in one interpreter, and do what the page says.
+
+The site builds, and its links lead somewhere.
+"""
 
 import re
+import subprocess
+import sys
+from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
@@ -10,10 +17,13 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from support.pages import PAGES, ROOT, snippets
+from transformers import Trainer, TrainingArguments
 
 import hydravit_hf
 from hydravit_hf import HydraViTForImageClassification
+from hydravit_hf.data import load_digits, to_pixel_values
 from hydravit_hf.image_processing import make_image_processor
+from hydravit_hf.training.steps import backward_widths
 
 NEEDED = {"docs/export.md": "onnxscript", "docs/lora.md": "peft"}
 ELSEWHERE = {"docs/quantization.md"}  # it needs torchao: tests/model/test_quantization.py runs it
@@ -101,6 +111,33 @@ def check_export(names, printed):
 CHECKS = {page: globals()[f"check_{Path(page).stem}"] for page in RUN}
 
 
+class Links(HTMLParser):
+    """The addresses that a page of HTML loads or links to."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.found = []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.found += [value for name, value in attributes if name in ("href", "src")]
+
+
+def test_the_site_builds_and_each_address_in_it_leads_to_a_file(tmp_path):
+    """`--strict` makes a link of a page, a heading or a name in a docstring that leads nowhere an error."""
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict"]
+    paths = ["--config-file", ROOT / "docs" / "mkdocs.yml", "--site-dir", tmp_path]
+    result = subprocess.run([*command, *paths], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    pages = {page for page in tmp_path.rglob("*.html") if page.name != "404.html"}
+    assert {tmp_path / "index.html", tmp_path / "docs" / "api.html"} <= pages
+    for page in pages:
+        links = {urlsplit(link).path for link in Links(page.read_text(encoding="utf-8")).found if "://" not in link}
+        missing = [link for link in links if link and not (page.parent / unquote(link)).exists()]
+        assert len(links) > 5 and not missing, (page.name, missing)
+
+
 def test_each_page_is_in_the_index_and_each_public_name_in_the_api():
     index, api = PAGES["docs/README.md"], PAGES["docs/api.md"]
     pages = {Path(page).name for page in PAGES if page.startswith("docs/")} - {"README.md"}
@@ -131,3 +168,46 @@ def test_each_number_of_processes_keeps_the_recipe_of_the_paper():
         given = re.search(r"--per_device_train_batch_size (\d+)", command)
         images = launcher["num_processes"] * (int(given[1]) if given else batch)
         assert rate == pytest.approx(5e-4 * images / 512), command
+
+
+def load_other_labels():
+    HydraViTForImageClassification.from_pretrained("runs/digits", num_labels=7)
+
+
+def classify_images_of_another_size():
+    HydraViTForImageClassification.from_pretrained("runs/digits")(torch.zeros(1, 3, 9, 9))
+
+
+def train_without_the_images():
+    model = HydraViTForImageClassification.from_pretrained("runs/digits")
+    data = load_digits()["train"].with_transform(to_pixel_values(make_image_processor(model.config)))
+    next(
+        iter(
+            Trainer(model, TrainingArguments("runs/stock", report_to="none"), train_dataset=data).get_train_dataloader()
+        )
+    )
+
+
+def lose_the_loss():
+    model = HydraViTForImageClassification.from_pretrained("runs/digits").train()
+    backward_widths(model, torch.full((1, 3, 8, 8), torch.nan), torch.zeros(1, dtype=torch.long), [3], step=0)
+
+
+RAISED = [load_other_labels, classify_images_of_another_size, train_without_the_images, lose_the_loss]
+ELSEWHERE_RAISED = {  # by transformers where the package is missing, and by pushes: test_hub.py
+    "contains custom code which must be executed",
+    "Nothing can be published without a token",
+    "names what is on this machine only",
+}
+
+
+def test_the_messages_that_the_page_quotes_are_those_of_the_errors(save_digits):
+    save_digits()
+    quoted = re.findall(r'^[*][*]"(.*?)"[.][*][*]', PAGES["docs/troubleshooting.md"], flags=re.MULTILINE)
+    left = [message for message in quoted if message not in ELSEWHERE_RAISED]
+    assert len(left) == len(RAISED) and len(quoted) - len(left) == len(ELSEWHERE_RAISED)
+    for message, raise_it in zip(left, RAISED, strict=True):
+        with pytest.raises(
+            (ValueError, RuntimeError, FloatingPointError), match=re.escape(message).replace(r"\.\.\.", ".*")
+        ):
+            raise_it()
