@@ -32,7 +32,8 @@ RUN = sorted(page for page in PAGES.keys() - ELSEWHERE if page.startswith("docs/
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory")
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of exporters and PEFT
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of exporters
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing", "ignore:.*overflow encountered")  # of PEFT and torch
 @pytest.mark.parametrize("page", [pytest.param(page, marks=[pytest.mark.slow] * (page in SLOW)) for page in RUN])
 def test_the_snippets_of_a_page_run_and_do_what_it_says(page, save_digits, make_model, capsys):
     if page in NEEDED:
@@ -51,7 +52,7 @@ def _names_before(page: str, make_model) -> dict:
         return {}
     import onnxruntime
 
-    model = make_model(num_attention_heads=12, subnetwork_heads=[3, 6, 12], num_labels=10)
+    model = make_model(num_attention_heads=12, head_dim=32, subnetwork_heads=[3, 6, 12], num_labels=10)
     model.config.cascade = {"num_heads": [3, 12], "thresholds": 0.5}
     images = np.random.default_rng(0).standard_normal((2, 3, 16, 16), dtype=np.float32)
     names = {"model": model, "image_processor": make_image_processor(model.config), "images": images}
@@ -100,10 +101,9 @@ def check_lora(names, printed):
 def check_export(names, printed):
     model, images = names["model"], torch.tensor(names["images"])
     cascade = model.cascade(images)
-    torch.testing.assert_close(
-        torch.tensor(names["logits"]), model(images, num_heads_active=3).logits, atol=1e-2, rtol=0
-    )
-    assert names["num_heads"].tolist() == cascade.num_heads.tolist()
+    narrow = model(images, num_heads_active=3).logits  # OpenVINO runs them in bf16
+    error = torch.dist(torch.tensor(names["logits"]), narrow) / narrow.norm()
+    assert error < 0.05 and names["macs"].tolist() == cascade.macs.tolist()
     for file in ("3_heads", "6_heads"):
         assert Path(f"{file}_int8.onnx").stat().st_size < Path(f"{file}.onnx").stat().st_size
 
@@ -201,6 +201,7 @@ ELSEWHERE_RAISED = {  # by transformers where the package is missing, and by pus
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*pin_memory")
 def test_the_messages_that_the_page_quotes_are_those_of_the_errors(save_digits):
     save_digits()
     quoted = re.findall(r'^[*][*]"(.*?)"[.][*][*]', PAGES["docs/troubleshooting.md"], flags=re.MULTILINE)

@@ -2,7 +2,10 @@
 
 import ast
 import doctest
+import inspect
 import pkgutil
+import pydoc
+import re
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -61,3 +64,15 @@ def test_editors_are_shown_each_public_name_in_its_file():
     assert shown == {name: getattr(hydravit_hf, name).__module__ for name in hydravit_hf.__all__}
     assert sorted(listed) == sorted(hydravit_hf.__all__)
     assert set(listed) <= set(dir(hydravit_hf))
+
+
+def test_help_shows_each_public_name():
+    text = pydoc.plain(pydoc.render_doc(hydravit_hf))
+    assert [name for name in hydravit_hf.__all__ if not re.search(rf"(class|^ +){name}\b", text, re.MULTILINE)] == []
+
+
+def test_the_passes_of_the_models_document_each_of_their_arguments():
+    for model in (hydravit_hf.HydraViTModel, hydravit_hf.HydraViTForImageClassification, hydravit_hf.HydraViTBackbone):
+        _, *names = inspect.signature(model.forward).parameters
+        for name in names:
+            assert f"\n    {name}: " in inspect.getdoc(model.forward), (model.__name__, name)
