@@ -1,9 +1,10 @@
-"""The wheel holds what the package needs, and its types are right in a user's file."""
+"""The wheel holds every file of the packages, and their types are right in a user's file."""
 
 import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from email import message_from_bytes
 
@@ -21,12 +22,14 @@ follow_imports = skip
 WRONG = "from hydravit_hf import choose_num_heads\nnum_heads: str = choose_num_heads([], max_latency_ms=50)\n"
 
 
-def test_the_wheel_holds_every_file_of_the_package(tmp_path):
+def test_the_wheel_holds_every_file_of_its_packages(tmp_path):
     source = tmp_path / "source"
-    shutil.copytree(ROOT / "hydravit_hf", source / "hydravit_hf", ignore=shutil.ignore_patterns("__pycache__"))
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    for name in {name.partition(".")[0] for name in packages}:
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    files = {file.relative_to(source).as_posix() for file in source.rglob("*") if file.is_file()}
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    files = {file.relative_to(source).as_posix() for file in source.glob("hydravit_hf/**/*") if file.is_file()}
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     result = subprocess.run([*command, "--wheel-dir", tmp_path, source], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
