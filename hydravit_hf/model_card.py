@@ -6,6 +6,7 @@ import re
 from itertools import chain
 from pathlib import Path
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import TrainerCallback
 from transformers.utils import logging
@@ -131,9 +132,9 @@ def save_model_card(folder: str | Path, model, results: list[dict], title: str, 
     those of `create_model_card`.
 
     A card of this function that is there already is made again, and what can't be computed stays: the sections and the
-    metadata that this function does not write, the licence, the base model and the id that the code loads. Where the
-    accuracies say that the weights are still the same, so do the texts on training and limits and the results of other
-    data. An argument other than its default replaces what the card says.
+    metadata that this function does not write, the licence and the id that the code loads. Unless the accuracies say
+    that the weights are others, the base model, the texts on training and limits and the results of other data stay
+    too. An argument other than its default replaces what the card says.
     """
     folder, plot = Path(folder), "accuracy_over_macs.png"
     results = add_costs(_config_of(model), results)
@@ -163,23 +164,25 @@ class _PreviousCard:
         """The card of this package in a file, or None."""
         if not file.is_file():
             return None
-        card = ModelCard.load(file, ignore_metadata_errors=True)
+        try:
+            card = ModelCard.load(file, ignore_metadata_errors=True)
+        except (ValueError, yaml.YAMLError):  # it is damaged
+            return None
         return cls(card) if "hydravit" in (card.data.tags or []) else None
 
     def complete(self, given: dict, results: list[dict]) -> dict:
         """Complete the arguments of a new card. `results` are its rows."""
         given = {name: value for name, value in given.items() if name not in DEFAULTS or value != DEFAULTS[name]}
         path = re.search('^path = "(.*)"$', self.card.text, flags=re.MULTILINE)
-        known = {"license": self.card.data.license, "base_model": self.card.data.base_model}
-        known["model_id"] = path[1] if path else None
+        known = {"license": self.card.data.license, "model_id": path[1] if path else None}
         name = given.get("dataset_name", self.results[0].dataset_name if self.results else None)
         accuracies = {row["num_heads"]: round(row["accuracy"], 5) for row in results}
-        measured = [
-            result for result in self.results if (result.dataset_name, result.metric_type) == (name, "accuracy")
-        ]
+        same_data = [result for result in self.results if result.dataset_name == name]
+        measured = [result for result in same_data if result.metric_type == "accuracy"]
         again = {_heads_of(result): result for result in measured if _heads_of(result) in accuracies}
         if any(result.metric_value != accuracies[heads] for heads, result in again.items()):
-            self.results = []  # they are of other weights, and so are the texts
+            self.results = []  # these and the texts are of other weights
+            self.card.data.base_model = self.card.data.datasets = None
         else:
             self.results = [result for result in self.results if result not in again.values()]
             known |= self._texts() | (self._data(next(iter(again.values()))) if again else {})
@@ -188,8 +191,8 @@ class _PreviousCard:
     def _texts(self) -> dict:
         limits = re.sub(r"(?s)^(The narrow widths .*? stand|Widths other .*? chance)\.", "", self._body("Limits"))
         order = re.search(r"It is (.*) with its directions, heads and neurons in the order", self.card.text)
-        ordered_from = order[1] if order else None
-        return {"training": self._body("Training"), "limits": limits.strip(), "ordered_from": ordered_from}
+        texts = {"training": self._body("Training"), "limits": limits.strip()}
+        return texts | {"base_model": self.card.data.base_model, "ordered_from": order[1] if order else None}
 
     def _data(self, result: EvalResult) -> dict:
         """The data that the results are of."""

@@ -247,6 +247,7 @@ def test_a_card_of_other_weights_keeps_the_words_of_its_owner_and_no_old_result(
     card = ModelCard.load(tmp_path / "README.md")
     assert {result.metric_value for result in card.data.eval_results} == {0.99}
     assert "## Intended use" in card.text and card.data.license == "mit" and "birds" in card.data.tags
+    assert card.data.base_model is None and card.data.datasets == "user/images"
     assert not any(words in card.text for words in ("For a week", "Few images", "Measured twice"))
 
 
@@ -260,8 +261,9 @@ def test_results_of_another_data_set_come_beside_those_that_are_there(model, tmp
     assert "Many images." in card.text and "Few images." not in card.text
 
 
-def test_a_card_that_others_made_is_replaced(model, tmp_path):
-    (tmp_path / "README.md").write_text("---\nlicense: mit\ntags: [generated_from_trainer]\n---\n## Usage\n")
+@pytest.mark.parametrize("metadata", ["license: mit\ntags: [generated_from_trainer]", "license: [mit", "- hydravit"])
+def test_a_card_that_others_made_or_that_is_damaged_is_replaced(model, tmp_path, metadata):
+    (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\n## Usage\n")
     card = save_model_card(tmp_path, model, ROWS, "tiny")
     assert card.data.license == "apache-2.0" and "## Usage" not in card.text
 
