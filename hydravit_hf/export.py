@@ -5,10 +5,12 @@ several widths into one ONNX export. A width that recycles tokens becomes one gr
 """
 
 import json
-import sys
-from contextlib import redirect_stdout
+import logging
+import warnings
+from contextlib import contextmanager, redirect_stdout
 from copy import copy
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -184,7 +186,8 @@ def _check(model: HydraViTForImageClassification, format: str):
             "with the tools of its runtime."
         )
     if missing := [package for package in _FORMATS[format][1] if find_spec(package) is None]:
-        raise ImportError(f"The format '{format}' needs {', '.join(missing)}: pip install \"hydravit_hf[export]\"")
+        package = format if format == "executorch" else '"hydravit_hf[export]"'
+        raise ImportError(f"The format '{format}' needs {', '.join(missing)}: pip install {package}")
 
 
 def _check_suffix(path: Path, format: str):
@@ -210,9 +213,23 @@ def _export(model: HydraViTForImageClassification, num_heads: int, format: str, 
     images = torch.zeros(2, config.num_channels, *as_pair(config.image_size), dtype=small.dtype)
     dynamic_shapes = {"pixel_values": {0: torch.export.Dim("batch", min=1, max=max_batch_size)}}
     options = AutoExportConfig.from_dict({"export_format": _FORMATS[format][0], "dynamic_shapes": dynamic_shapes})
-    with redirect_stdout(sys.stderr):  # torch prints its progress to stdout
+    with _quiet():
         program = AutoHfExporter.from_config(options).export(small, {"pixel_values": images}, options).program
     return tidy(program) if format == "onnx" else program
+
+
+@contextmanager
+def _quiet():
+    """Hide what torch says of itself as it exports: its progress, the operators that it lacks, its own deprecations."""
+    operators = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = operators.level
+    operators.setLevel(logging.ERROR)
+    try:
+        with redirect_stdout(StringIO()), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
+            yield
+    finally:
+        operators.setLevel(level)
 
 
 def _save_torch_export(program, metadata: dict, path: Path):

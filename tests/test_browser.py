@@ -19,7 +19,8 @@ from support.models import make_config, make_model
 from support.scripts import finish
 from transformers import AutoImageProcessor
 
-from hydravit_hf import HydraViTForImageClassification, browser, cli
+import hydravit_command
+from hydravit_hf import HydraViTForImageClassification, browser
 from hydravit_hf.browser import describe_preprocessing, export_page, export_transformers_js, fetch_runtime
 from hydravit_hf.image_processing import make_image_processor
 from hydravit_hf.model.images_hydravit import load_image, with_channels
@@ -28,10 +29,7 @@ ROOT = Path(__file__).parents[1]
 HEADS = [1, 3, 6]
 ATOL = 1e-4
 HEADLESS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-pytestmark = [  # what torch's exporter warns of itself
-    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's exporter
 RUN_IN_PAGE = """
 async ([images, processors]) => {
   const {HydraViT} = await import("./hydravit.js");
@@ -88,7 +86,7 @@ def page(checkpoint, pictures, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(browser, "fetch_runtime", lambda folder: None)
         examples = [part for picture in pictures for part in ("--example", str(picture))]
-        cli.app(["export", str(checkpoint), str(folder), "--page", *examples], standalone_mode=False)
+        hydravit_command.app(["export", str(checkpoint), str(folder), "--page", *examples], standalone_mode=False)
     return folder
 
 

@@ -235,7 +235,7 @@ def test_an_elastic_vit_is_an_ordinary_hydravit(tmp_path, vit, images):
     assert model.cascade(images, num_heads=[1, 2], thresholds=0.5).logits.shape == (20, 5)
 
 
-@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning", "ignore::DeprecationWarning")  # of torch's exporter
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's exporter
 def test_an_elastic_vit_is_exported(tmp_path, vit, images):
     pytest.importorskip("onnx")
     runtime = pytest.importorskip("onnxruntime")

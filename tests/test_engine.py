@@ -74,7 +74,7 @@ def test_labels_and_inputs_are_those_of_the_pipeline(model, pictures):
 
 
 @pytest.mark.parametrize("runtime", [pytest.param("onnx", marks=pytest.mark.slow), "openvino"])
-@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning", "ignore::DeprecationWarning")  # of torch and onnxscript
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch and onnxscript
 def test_an_export_answers_as_the_model_does(make_model, pictures, runtime):
     pytest.importorskip("openvino" if runtime == "openvino" else "onnxruntime", reason="needs the extra `export`")
     model = make_model(num_hidden_layers=1)
