@@ -107,6 +107,7 @@ class ModelArguments:
     elastify: bool = option(False, "Order the ViT's directions, heads and neurons first. The ViT teaches, if it can.")
     ignore_mismatched_sizes: bool = option(False, "Give a HydraViT of other labels a new classifier.")
     num_attention_heads: int | None = option(None, "Heads to hold. Default: 12, or those of the ViT with --elastify.")
+    head_dim: int | None = option(None, "Channels of each head of a new model. Default: 64.")
     num_hidden_layers: int | None = option(None, "Layers of a new model. Default: 12, or 3 for the digits.")
     image_size: int | None = option(None, "Pixels of a side. Default: as the start, or 224, or 8 for the digits.")
     patch_size: int | None = option(None, "Pixels of a patch of a new model. Default: 16, or 4 for the digits.")
@@ -120,6 +121,8 @@ class ModelArguments:
     def __post_init__(self):
         if self.model_name_or_path and self.from_vit:
             raise ValueError("give --model_name_or_path or --from_vit, not both")
+        if self.head_dim is not None and (self.model_name_or_path or self.from_vit):
+            raise ValueError("--head_dim is for a new model: not with --model_name_or_path or --from_vit")
         if self.elastify and not self.from_vit:
             raise ValueError("--elastify orders the parts of a ViT: give --from_vit too")
 
@@ -257,7 +260,7 @@ def make_model(data_args: DataArguments, model_args: ModelArguments, labels: lis
         labels: Names of the classes.
         images: The training images, as `DataArguments.load` gives them, for `--elastify`.
     """
-    sizes = {name: value for name in DIGITS if (value := getattr(model_args, name)) is not None}
+    sizes = {name: value for name in (*DIGITS, "head_dim") if (value := getattr(model_args, name)) is not None}
     options = {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
     options["problem_type"] = None  # the start may have another one; the images have one label each
     for name in ("drop_path_rate", "subnetwork_heads", "subnetwork_weights", "separate_classifiers", "token_recycling"):

@@ -69,6 +69,10 @@ def test_the_command_line_comes_before_the_file_and_the_file_before_the_defaults
         (["--learning_ratio", 0.1], "unrecognized arguments: --learning_ratio 0.1"),
         (["--streaming"], "--streaming needs --dataset_name or --data_dir"),
         (["--from_vit", "a", "--model_name_or_path", "b"], "give --model_name_or_path or --from_vit, not both"),
+        (
+            ["--from_vit", "a", "--head_dim", 8],
+            "--head_dim is for a new model: not with --model_name_or_path or --from_vit",
+        ),
         (["--crop_scale", 0.5], "--crop_scale takes two numbers, not 1"),
         (["--checkpointing_steps", "often"], "--checkpointing_steps must be a number or 'epoch'"),
         (["--config", "recipe.yaml"], "recipe.yaml has unknown arguments: learning_rat"),
@@ -108,9 +112,10 @@ def test_a_new_model_of_the_digits_is_small_and_draws_its_narrowest_width_more_o
     assert (config.subnetwork_heads, config.subnetwork_weights) == ([3, 4], [3.0, 1.0])
     assert config.id2label == dict(enumerate(DIGITS))
     assert list(processor.image_mean) == [0.5] * 3
-    given = ModelArguments(num_attention_heads=4, num_hidden_layers=1, subnetwork_weights=[1.0, 2.0])
+    given = ModelArguments(num_attention_heads=4, head_dim=8, num_hidden_layers=1, subnetwork_weights=[1.0, 2.0])
     config = make_model(DataArguments(), given, DIGITS)[0].config
     assert (config.num_hidden_layers, config.subnetwork_weights) == (1, [1.0, 2.0])
+    assert (config.head_dim, config.hidden_size) == (8, 32)
 
 
 def test_a_new_model_of_other_images_has_the_sizes_that_are_given():
