@@ -13,7 +13,8 @@ import pytest
 import support.models
 import torch
 
-from hydravit_hf import cli, make_image_processor
+import hydravit_command
+from hydravit_hf import make_image_processor
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WITHOUT_THE_PACKAGE = """
@@ -121,7 +122,7 @@ def hydravit(monkeypatch, capsys):
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", ["hydravit", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            hydravit_command.main()
         printed, code = capsys.readouterr(), stop.value.code
         if isinstance(code, str):  # as Python does it
             return 1, printed.out, printed.err + code + "\n"

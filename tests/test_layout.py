@@ -12,6 +12,7 @@ import hydravit_hf
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hydravit_hf"
+COMMAND_FILES = sorted((ROOT / "hydravit_command").glob("*.py"))
 # The files of model/ without "_hydravit", and what each of them imports of the others. Each is below what it imports.
 MODEL = {
     "configuration": set(),
@@ -59,6 +60,8 @@ LAYERS = [
     ["cli"],
     ["__init__"],
 ]
+# The files of the command, in the same way. They import the package above inside functions only.
+COMMAND = [["loading", "options", "printing"], ["measuring", "running", "saving", "sharing"], ["__init__"]]
 # What the network imports when an adapter is added, and when quantized weights are loaded
 WHEN_NEEDED = {"model.lora_hydravit": {"peft"}, "model.quantization_hydravit": {"torchao"}}
 NEEDED_BY_TRANSFORMERS = {"huggingface_hub", "numpy", "safetensors", "torch"}
@@ -147,9 +150,26 @@ def test_importing_the_package_needs_no_extra():
     assert seen == {"__init__", *TRAVELLING}
 
 
-def test_no_file_imports_the_package_by_its_own_name():
+def test_no_file_imports_the_package_by_its_own_name_and_only_one_the_command():
     for module in MODULES:
         assert "hydravit_hf" not in OTHERS[module], module
+        assert ("hydravit_command" in OTHERS[module]) == (module == "cli"), module
+
+
+def test_the_command_imports_the_package_and_all_that_is_slow_inside_functions():
+    files = {file.stem: ast.parse(file.read_text(encoding="utf-8")) for file in COMMAND_FILES}
+    assert sorted(name for layer in COMMAND for name in layer) == sorted(files)
+    above = set()
+    for layer in COMMAND:
+        for name in layer:
+            own, others = imports(files[name], name)
+            assert own <= above, name
+            at_start = set().union(
+                *(imports(node, name)[1] for node in files[name].body if isinstance(node, ast.Import | ast.ImportFrom))
+            )
+            assert at_start <= {*sys.stdlib_module_names, "typer"}, name
+            assert "hydravit_command" not in others, name
+        above |= set(layer)
 
 
 def test_every_public_name_can_be_imported():

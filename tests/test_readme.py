@@ -18,8 +18,9 @@ from huggingface_hub import ModelCard
 from support.pages import PAGES, ROOT, snippets
 from transformers import AutoModelForImageClassification
 
+import hydravit_command
 import hydravit_hf
-from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, HydraViTModel, cli
+from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, HydraViTModel
 from hydravit_hf.data import load_digits
 
 README = PAGES["README.md"]
@@ -80,7 +81,7 @@ def test_the_scripts_that_a_page_names_exist_and_have_the_options_that_it_gives(
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_hydravit_command_knows_the_options_that_a_page_gives(page):
-    commands = typer.main.get_command(cli.app).commands
+    commands = typer.main.get_command(hydravit_command.app).commands
     lines = re.findall("`(hydravit [a-z][^`]*)`", PAGES[page])
     lines += [line for line in "".join(snippets("bash", PAGES[page])).splitlines() if line.startswith("hydravit ")]
     for line in lines:
@@ -90,7 +91,9 @@ def test_the_hydravit_command_knows_the_options_that_a_page_gives(page):
 
 
 def test_the_tree_of_the_package_names_each_of_its_files():
-    tree = re.search("```\nhydravit_hf/\n(.*?)```", PAGES["CONTRIBUTING.md"], flags=re.DOTALL)[1]
+    tree, command = re.search(
+        "```\nhydravit_hf/\n(.*?)\nhydravit_command/.*?\n(.*?)```", PAGES["CONTRIBUTING.md"], flags=re.DOTALL
+    ).groups()
     named, folder = [], ""
     for indent, name in re.findall(r"^( +)([\w./]+)", tree, flags=re.MULTILINE):
         folder = "" if len(indent) == 2 else folder
@@ -101,6 +104,8 @@ def test_the_tree_of_the_package_names_each_of_its_files():
     files += [package / "browser_page", package / "model", package / "training"]
     names = [file.relative_to(package).as_posix() + "/" * file.is_dir() for file in files]
     assert sorted(named) == sorted(names)
+    named = re.findall(r"^ +([\w.]+)", command, flags=re.MULTILINE)
+    assert sorted(named) == sorted(file.name for file in (ROOT / "hydravit_command").glob("*.py"))
 
 
 def test_the_lines_for_a_shell_run(trained, monkeypatch):
@@ -113,7 +118,7 @@ def test_the_lines_for_a_shell_run(trained, monkeypatch):
             Path("runs/digits/results.json").write_text(json.dumps(rows))
         monkeypatch.setattr(sys, "argv", [name, *arguments])
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            hydravit_command.main()
         if arguments[0] == "push":  # there is no token here: the checks of the folder passed
             assert "hf auth login" in str(stop.value.code)
         else:
