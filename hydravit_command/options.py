@@ -3,7 +3,7 @@
 import re
 from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -37,7 +37,8 @@ Dtype = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 REPEATED = ("--heads", "--thresholds")  # options of several numbers
-CRITERION = "Measure of uncertainty: entropy, margin or probability."
+CRITERION = "Measure of uncertainty."
+Criterion = Literal["entropy", "margin", "probability"]
 
 
 def repeat_options(arguments: list[str]) -> list[str]:

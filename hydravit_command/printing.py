@@ -29,14 +29,18 @@ def print_csv(images: list[str], outputs: list):
 
 
 def print_fitted(fitted: dict):
+    from hydravit_hf.reporting import COLUMNS
+
     settings = fitted["cascade"]
     thresholds = [*settings["thresholds"], None]
     steps = zip(settings["num_heads"], fitted["shares"], settings["temperatures"], thresholds, strict=True)
     for num_heads, share, temperature, threshold in steps:
         goes_on = "" if threshold is None else f", goes on from {settings['criterion']} {threshold:.4g}"
         print(f"{num_heads} heads: answers {share:.1%}, temperature {temperature:.3f}{goes_on}")
-    cost = f"{fitted['macs'] / 1e9:.4g} GMACs" + (f", {fitted['latency_ms']:.4g} ms" if "latency_ms" in fitted else "")
-    print(f"Accuracy {fitted['accuracy']:.2%} at {cost} per image; the widest alone {fitted['widest_accuracy']:.2%}")
+    costs = [f"{COLUMNS['macs'][1](fitted['macs'])} MACs"]
+    costs += [COLUMNS["latency_ms"][1](fitted["latency_ms"])] if "latency_ms" in fitted else []
+    reached = f"Accuracy {fitted['accuracy']:.2%} at {' and '.join(costs)} per image"
+    print(f"{reached}; the widest alone {fitted['widest_accuracy']:.2%}")
 
 
 def print_report(report: dict):

@@ -1,12 +1,12 @@
 """The commands that answer images: `predict` and `serve`."""
 
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from .loading import accuracies_of, check_has_cascade, dtype_named, images_in, load_model
-from .options import CRITERION, BatchSize, Device, Dtype, Heads, Json, Model, check_at_most_one
+from .options import CRITERION, BatchSize, Criterion, Device, Dtype, Heads, Json, Model, check_at_most_one
 from .printing import print_csv, print_json, print_rows, printable
 
 
@@ -29,7 +29,7 @@ def predict(
         ),
     ] = None,
     criterion: Annotated[
-        str | None, typer.Option(metavar="NAME", help=CRITERION, show_default="entropy, or the saved one")
+        Criterion | None, typer.Option(help=CRITERION, show_default="entropy, or the saved one")
     ] = None,
     cascade: Annotated[bool, typer.Option("--cascade", help="Run the cascade that is saved with the model.")] = False,
     top_k: Annotated[int, typer.Option(min=1, metavar="N", help="Number of labels for each image.")] = 5,
@@ -97,16 +97,15 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535, metavar="N", help="Port to listen on.")] = 8000,
     max_batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Most images in a batch.")] = 16,
     late: Annotated[
-        str,
+        Literal["answer", "refuse"],
         typer.Option(
-            metavar="NAME",
             help="What happens to a request that no width can answer in time. answer: it runs after the others. "
             "refuse: it gets 503.",
         ),
     ] = "answer",
     runtime: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="torch, openvino or onnx. The last two export each width at the start."),
+        Literal["torch", "openvino", "onnx"],
+        typer.Option(help="What runs the model. openvino and onnx export each width at the start."),
     ] = "torch",
     dtype: Dtype = None,
     device: Device = None,

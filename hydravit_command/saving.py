@@ -1,7 +1,7 @@
 """The commands that write a model in another form: smaller, in other files, for another runtime, or made elastic."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -82,7 +82,7 @@ def export(
         bool, typer.Option("--cascade", help="Export the cascade that is saved with the model, in ONNX only.")
     ] = False,
     format: Annotated[
-        str, typer.Option(metavar="NAME", help="Format: onnx, openvino, torch_export or executorch.")
+        Literal["onnx", "openvino", "torch_export", "executorch"], typer.Option(help="Format of the file.")
     ] = "onnx",
     transformers_js: Annotated[
         bool, typer.Option("--transformers-js", help="Export one width as a folder that transformers.js loads.")

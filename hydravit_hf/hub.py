@@ -77,7 +77,8 @@ def push_checkpoint(
     sent = [name for name in inside if any(_matches(name, pattern) for pattern in patterns)]
     if left := [name for name in names if name not in sent]:
         shown = ", ".join(left[:10]) + (f" and {len(left) - 10} more" if len(left) > 10 else "")
-        logger.warning(f"Not uploaded, as no checkpoint needs it (`include` adds files): {shown}")
+        added = "`include`, or `--include` in a shell, adds files"
+        logger.warning(f"Not uploaded, as no checkpoint needs it ({added}): {shown}")
     names = list(filter_repo_objects(sent, ignore_patterns=DEFAULT_IGNORE_PATTERNS))
     _check_config(folder)
     _check_weights(folder, names)

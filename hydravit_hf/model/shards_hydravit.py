@@ -186,9 +186,7 @@ def resolve_shard_heads(shard_by_heads: bool | list[int], config: HydraViTConfig
     trained = sorted({*config.subnetwork_heads, config.num_attention_heads})
     heads = trained if shard_by_heads is True else shard_by_heads
     if not isinstance(heads, (list, tuple)) or not heads or any(type(k) is not int or k not in trained for k in heads):
-        raise ValueError(
-            f"`shard_by_heads` must be True, False or a list of some of {trained}, not {shard_by_heads!r}."
-        )
+        raise ValueError(f"`shard_by_heads` must list some of {trained}, or be True or False, not {shard_by_heads!r}.")
     return sorted({*heads, config.num_attention_heads})
 
 

@@ -99,7 +99,6 @@ def test_export_writes_several_widths_or_the_saved_cascade(hydravit, folder, tmp
 
 def test_export_says_what_is_wrong_and_writes_nothing(hydravit, folder, tmp_path):
     for options, message in (
-        (["--format", "nonsense"], "nonsense"),
         (["--num-heads", 7], "from 1 to 6"),
         (["--heads", 2, "--heads", 7], "from 1 to 6"),
         (["--cascade", "--num-heads", 2], "--cascade"),
@@ -128,7 +127,7 @@ def test_reshard_writes_files_by_width_and_one_file_again(hydravit, folder, tmp_
     assert original == back
     for arguments, message in (
         ((folder, tmp_path / "back"), "exists and is not an empty folder"),
-        ((folder, tmp_path / "new", "--heads", 7), "`--heads` must be True, False or a list of some of"),
+        ((folder, tmp_path / "new", "--heads", 7), "`--heads` must list some of"),
         ((folder, tmp_path / "new", "--heads", 2, "--one-file"), "Give `--heads` or `--one-file`"),
         ((tmp_path / "nowhere", tmp_path / "new"), "nowhere"),
     ):

@@ -205,7 +205,7 @@ def test_the_widths_that_get_a_file_always_end_with_all_heads(shard_by_heads, wi
 @pytest.mark.parametrize("value", [[], [7], [0], ["3"], [True], [2.0], 3, "yes", None, {3: 6}])
 def test_other_widths_are_refused_before_anything_is_written(model, tmp_path, value):
     with pytest.raises(
-        ValueError, match=r"`shard_by_heads` must be True, False or a list of some of \[1, 2, 3, 4, 5, 6\], not"
+        ValueError, match=r"`shard_by_heads` must list some of \[1, 2, 3, 4, 5, 6\], or be True or False, not"
     ):
         model.save_pretrained(tmp_path / "saved", shard_by_heads=value)
     assert not (tmp_path / "saved").exists()
