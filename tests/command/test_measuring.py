@@ -62,7 +62,7 @@ def test_the_narrowest_accurate_width_is_chosen_whatever_the_order(hydravit, fol
     assert code == 0 and json.loads(out)["num_heads"] == 3
 
 
-def test_evaluate_gives_the_accuracy_of_each_width_and_keeps_it_for_the_card(hydravit, folder, tmp_path):
+def test_evaluate_gives_the_accuracy_of_each_width_and_keeps_it(hydravit, folder, tmp_path):
     model = HydraViTForImageClassification.from_pretrained(folder)
     digits = load_digits()["test"].with_transform(to_pixel_values(AutoImageProcessor.from_pretrained(folder)))
     expected = evaluate_subnetworks(model, digits, [3, 6])
@@ -72,14 +72,6 @@ def test_evaluate_gives_the_accuracy_of_each_width_and_keeps_it_for_the_card(hyd
     assert code == 0 and rows == json.loads(output.read_text())
     assert [row["accuracy"] for row in rows] == [row["accuracy"] for row in expected]
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected])
-    card = tmp_path / "tiny" / "README.md"
-    assert hydravit("card", folder, "--no-measure")[0] == 0
-    assert "| latency |" not in card.read_text() and 'path = "tiny"' in card.read_text()
-    code, _, err = hydravit("card", folder)
-    assert code == 1 and "--overwrite" in err
-    code, *_ = hydravit("card", folder, "--dataset-name", "the digits", "--model-id", "user/tiny", "--overwrite")
-    assert code == 0 and 'path = "user/tiny"' in card.read_text() and "| latency |" in card.read_text()
-    assert f"{rows[0]['accuracy']:.2%}" in card.read_text() and "the digits" in card.read_text()
 
 
 def test_classes_are_matched_by_their_names(hydravit, make_model, tmp_path):
