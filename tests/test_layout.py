@@ -12,7 +12,7 @@ import hydravit_hf
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hydravit_hf"
-COMMAND_FILES = sorted((ROOT / "hydravit_command").glob("*.py"))
+COMMAND_FILES = sorted((PACKAGE / "command").glob("*.py"))
 # The files of model/ without "_hydravit", and what each of them imports of the others. Each is below what it imports.
 MODEL = {
     "configuration": set(),
@@ -60,12 +60,16 @@ LAYERS = [
     ["cli"],
     ["__init__"],
 ]
-# The files of the command, in the same way. They import the package above inside functions only.
+# The files of command/, in the same way. They import the package above by its name, and inside functions only.
 COMMAND = [["loading", "options", "printing"], ["measuring", "running", "saving", "sharing"], ["__init__"]]
 # What the network imports when an adapter is added, and when quantized weights are loaded
 WHEN_NEEDED = {"model.lora_hydravit": {"peft"}, "model.quantization_hydravit": {"torchao"}}
 NEEDED_BY_TRANSFORMERS = {"huggingface_hub", "numpy", "safetensors", "torch"}
-MODULES = {".".join(file.relative_to(PACKAGE).with_suffix("").parts): file for file in PACKAGE.rglob("*.py")}
+MODULES = {
+    ".".join(file.relative_to(PACKAGE).with_suffix("").parts): file
+    for file in PACKAGE.rglob("*.py")
+    if file not in COMMAND_FILES
+}
 
 
 def imports(node: ast.AST, module: str) -> tuple[set[str], set[str]]:

@@ -91,9 +91,7 @@ def test_the_hydravit_command_knows_the_options_that_a_page_gives(page):
 
 
 def test_the_tree_of_the_package_names_each_of_its_files():
-    tree, command = re.search(
-        "```\nhydravit_hf/\n(.*?)\nhydravit_command/.*?\n(.*?)```", PAGES["CONTRIBUTING.md"], flags=re.DOTALL
-    ).groups()
+    (tree,) = re.search("```\nhydravit_hf/\n(.*?)```", PAGES["CONTRIBUTING.md"], flags=re.DOTALL).groups()
     named, folder = [], ""
     for indent, name in re.findall(r"^( +)([\w./]+)", tree, flags=re.MULTILINE):
         folder = "" if len(indent) == 2 else folder
@@ -101,11 +99,9 @@ def test_the_tree_of_the_package_names_each_of_its_files():
         folder = name if name.endswith("/") else folder
     package = ROOT / "hydravit_hf"
     files = [*package.glob("*.*"), *package.glob("*/[a-z]*.py"), *package.glob("browser_page/*")]
-    files += [package / "browser_page", package / "model", package / "training"]
+    files += [package / "browser_page", package / "command", package / "model", package / "training"]
     names = [file.relative_to(package).as_posix() + "/" * file.is_dir() for file in files]
     assert sorted(named) == sorted(names)
-    named = re.findall(r"^ +([\w.]+)", command, flags=re.MULTILINE)
-    assert sorted(named) == sorted(file.name for file in (ROOT / "hydravit_command").glob("*.py"))
 
 
 def test_the_lines_for_a_shell_run(trained, monkeypatch):

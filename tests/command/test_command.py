@@ -81,8 +81,10 @@ def test_a_shell_completes_commands_and_options_without_importing_torch(typed, c
 def test_the_command_is_installed_with_all_of_its_files():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert project["project"]["scripts"] == {"hydravit": "hydravit_command:main"}
-    packages = {file.parent.relative_to(ROOT) for file in ROOT.glob("hydravit_*/**/__init__.py")}
-    assert set(project["tool"]["setuptools"]["packages"]) == {".".join(package.parts) for package in packages}
+    packages = {file.parent.relative_to(ROOT).as_posix() for file in ROOT.glob("hydravit_hf/**/__init__.py")}
+    names = {"hydravit_hf/command": "hydravit_command"}
+    found = {names.get(package, package.replace("/", ".")) for package in packages}
+    assert set(project["tool"]["setuptools"]["packages"]) == found
 
 
 def test_the_extras_that_hints_name_are_those_that_bring_a_module():

@@ -1,7 +1,7 @@
 """The `hydravit` command: the functions of `hydravit_hf`, from a shell.
 
-It is a package of its own, because importing `hydravit_hf` imports torch and transformers. A command imports them when
-it runs, so that `hydravit --help` and the completion of a shell are fast.
+It is installed as the package `hydravit_command`, because importing `hydravit_hf` imports torch and transformers. A
+command imports them when it runs, so that `hydravit --help` and the completion of a shell are fast.
 """
 
 import logging
