@@ -8,8 +8,7 @@ The backbone has the names, shapes and LayerScale of DINOv2-S/14: 12 layers, 6 h
 of 56 pixels here. The probe is a ridge regression on the class token. Its strength is chosen on validation images. For
 the second part, the ViT is fine-tuned, made elastic and taught at 2 to 6 heads. The training images are the first of
 the training split of `elastify_study.py`, the validation images those of its validation split, and the test images all
-10,000. Each run adds its row to the file of results. Runs in the file are not repeated. `serving.py` serves the first
-elastic model, which stays in the folder.
+10,000. Each run adds its row to the file of results. Runs in the file are not repeated.
 """
 
 import argparse
@@ -23,7 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Dinov2Config, Dinov2Model, ViTForImageClassification
 
-from hydravit_hf import HydraViTForImageClassification, make_image_processor
+from hydravit_hf import HydraViTForImageClassification
 from hydravit_hf.training.steps import sample_subnetworks
 from hydravit_hf.training.teacher import Teacher
 
@@ -165,9 +164,6 @@ def measure_all(args: argparse.Namespace):
             def run(arm=arm, seed=seed):
                 model = arrange(vit, arm, data["train"][0])
                 train(model, data, seed, Teacher(full, model.config))
-                if (arm, seed) == ("elastify", 0):  # for serving.py
-                    model.save_pretrained(args.folder / "elastic")
-                    make_image_processor(model.config).save_pretrained(args.folder / "elastic")
                 return {"test": accuracies(Enlarged(model), *data["test"], HEADS)}
 
             add(f"taught/{arm}/{seed}", run)

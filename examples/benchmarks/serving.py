@@ -1,15 +1,14 @@
 """What is a width that follows the load worth? Traces of requests against `hydravit serve`, on a CPU.
 
     pip install -c constraints.txt -e ".[train,serve]"
-    python examples/benchmarks/serving.py --folder runs/elastify_backbone_study/elastic
+    python examples/benchmarks/serving.py --data /usr/share/datasets/fashion-mnist --folder runs/serving
     python examples/benchmarks/serving.py --report      # the tables and the plot of the results, without a run
 
-The model is the pretrained backbone that `elastify_backbone_study.py` has made elastic and left in that folder. The
-images are those of Fashion-MNIST, as Debian's package `dataset-fashion-mnist` has them. A server runs for each fixed
-width and one for all widths, all at the same time. In each round, every trace plays against each server in turns. The
-client sends each request at its time, whether the earlier ones were answered or not. It counts an answer as on time by
-its own clock. The server has one core, and the client another one. Results are added to a file; rounds in the file are
-not repeated.
+The data are the idx files of Fashion-MNIST, as Debian's package `dataset-fashion-mnist` has them. The first run trains
+a model of 12 heads x 32 channels and 6 layers. A server runs for each fixed width and one for all widths, all at the
+same time. In each round, every trace plays against each server in turns. The client sends each request at its time,
+whether the earlier ones were answered or not. It counts an answer as on time by its own clock. The server has one core,
+and the client another one. Results are added to a file; rounds in the file are not repeated.
 """
 
 import argparse
@@ -29,18 +28,17 @@ from pathlib import Path
 import aiohttp
 import numpy as np
 import torch
-from elastify_study import accuracies, load
+from elastify_study import Flipped, accuracies, load
 from PIL import Image
 from timing import RESULTS, append_rows, format_rows, machine, read_rows
 from tqdm import tqdm
-from transformers import AutoImageProcessor
 
-from hydravit_hf import HydraViTForImageClassification
-from hydravit_hf.engine import Engine
+from hydravit_hf import HydraViTConfig, HydraViTForImageClassification, make_image_processor
 from hydravit_hf.serving import Latencies, Request, Scheduler, replay
 
 PLOT = Path(__file__).parents[2] / "docs" / "serving.png"
-HEADS = [2, 4, 6]
+HEADS = [2, 6, 12]
+CLASSES = ["T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
 DEADLINE_MS = 100
 SECONDS = 15  # of a trace
 IMAGES = 2000  # test images that the client sends
@@ -61,23 +59,57 @@ BUSY = f"import time; end = time.monotonic() + {SECONDS}\nwhile time.monotonic()
 SCHEDULER = "scheduler"
 BUCKET_MS = 10  # times that SlackFit does not tell apart
 BIN = 0.5  # seconds of a point of the plot
+STEPS = 1600  # of the training, in batches of 32
 
 
 # --- The model ---
 
 
-def load_engine(folder: Path) -> tuple[HydraViTForImageClassification, Engine]:
-    """The model, and what runs it in a server."""
-    model = HydraViTForImageClassification.from_pretrained(folder)
-    return model, Engine(model, AutoImageProcessor.from_pretrained(folder), HEADS, DEADLINE_MS)
+def train(data: dict, folder: Path):
+    """Train the model that is served, in half an hour of a core."""
+    from transformers import set_seed
+
+    from hydravit_hf import HydraViTTrainer, HydraViTTrainingArguments
+
+    set_seed(0)
+    config = HydraViTConfig(
+        num_attention_heads=12,
+        head_dim=32,
+        num_hidden_layers=6,
+        image_size=28,
+        patch_size=4,
+        num_channels=1,
+        subnetwork_heads=[2, 4, 6, 12],
+        subnetwork_weights=[1, 1, 1, 2],
+        id2label=dict(enumerate(CLASSES)),
+        label2id={name: index for index, name in enumerate(CLASSES)},
+    )
+    model = HydraViTForImageClassification(config)
+    arguments = HydraViTTrainingArguments(
+        folder,
+        per_device_train_batch_size=32,
+        max_steps=STEPS,
+        learning_rate=1e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=150,
+        weight_decay=0.05,
+        bf16=True,
+        use_cpu=True,
+        seed=0,
+        save_strategy="no",
+        report_to="none",
+        dataloader_pin_memory=False,
+        write_model_card=False,
+    )
+    HydraViTTrainer(model, arguments, train_dataset=Flipped(*data["train"])).train()
+    model.save_pretrained(folder)
+    make_image_processor(model.config).save_pretrained(folder)
 
 
-def evaluate(folder: Path, images: list[bytes], labels: torch.Tensor):
+def evaluate(folder: Path, images: torch.Tensor, labels: torch.Tensor):
     """Write results.json, which `/info` shows: the accuracy of each width on the images that are sent."""
-    model, engine = load_engine(folder)
-    with engine:
-        pixels = torch.cat([engine.prepare(image) for image in images])
-    scores = accuracies(model, pixels, labels, HEADS)
+    model = HydraViTForImageClassification.from_pretrained(folder)
+    scores = accuracies(model, images, labels, HEADS)
     rows = [{"num_heads": k, "accuracy": accuracy} for k, accuracy in zip(HEADS, scores, strict=True)]
     (folder / "results.json").write_text(json.dumps(rows))
 
@@ -156,7 +188,7 @@ async def play(port: int, times: list[float], images: list[bytes], labels: list[
             async with session.post(address, data=images[index], headers=headers) as response:
                 answer = await response.json()
             ms = 1e3 * (time.perf_counter() - sent)
-            is_right = answer["predictions"][0]["label"] == f"LABEL_{labels[index]}"
+            is_right = answer["predictions"][0]["label"] == CLASSES[labels[index]]
             rows.append({"second": second, "ms": ms, "num_heads": answer["num_heads"], "is_right": is_right})
 
         async def disturb():
@@ -257,27 +289,28 @@ def measure_capacity(port: int, images: list[bytes], seconds: float = 5.0, clien
 
 
 def measure_overheads(args, images: list[bytes]):
-    """What the server adds to the model: to a lone request and to full batches, and the time of a decision."""
+    """What the server adds to the model: to a lone request, to batches of 16, and the time of a decision."""
+    from hydravit_hf.engine import Engine
+
     torch.set_num_threads(1)
-    model, engine = load_engine(args.folder)
+    model = HydraViTForImageClassification.from_pretrained(args.folder)
+    engine = Engine(model, make_image_processor(model.config), HEADS, DEADLINE_MS)
     accuracies = json.loads((args.folder / "results.json").read_text())
     append_rows(args.results, [{"measure": "latencies", "rows": engine.rows, "accuracies": accuracies}])
     inputs = torch.cat([engine.prepare(image) for image in images[:16]])
     engine.close()
-    latencies = Latencies(engine.rows)
     for num_heads in HEADS:
-        size = min(len(inputs), latencies.largest(num_heads))  # of the largest batch that the server runs
         with served(args.folder, [num_heads], None) as (_, port), torch.inference_mode():
             rows = asyncio.run(ask_alone(port, images[0], 200))
             pairs = []
             for _ in range(args.rounds):
                 start = time.perf_counter()
-                passes = max(4, round(1000 / (num_heads * size)))
+                passes = max(4, round(2 * 60 / num_heads))
                 for _ in range(passes):
-                    model(inputs[:size], num_heads_active=num_heads)
-                bare = size * passes / (time.perf_counter() - start)
+                    model(inputs, num_heads_active=num_heads)
+                bare = 16 * passes / (time.perf_counter() - start)
                 pairs.append((measure_capacity(port, images, 3.0, 48), bare))
-        row = {"measure": "server", "num_heads": num_heads, "batch_size": size, "machine": machine()}
+        row = {"measure": "server", "num_heads": num_heads, "machine": machine()}
         row["added_ms"] = statistics.median(total - computed for total, computed in rows)
         row["throughput"], row["bare"] = (statistics.median(column) for column in zip(*pairs, strict=True))
         row["ratio"] = statistics.median(served / bare for served, bare in pairs)
@@ -392,7 +425,6 @@ COLUMNS = {
 }
 OVERHEAD_COLUMNS = {
     "num_heads": ("heads", ""),
-    "batch_size": ("batch", ""),
     "added_ms": ("added to a lone request, ms", ".2f"),
     "throughput": ("answers a second", ".1f"),
     "bare": ("images a second of a bare loop", ".1f"),
@@ -450,7 +482,7 @@ def plot(rows: list[dict], path: Path):
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="idx files")
-    parser.add_argument("--folder", type=Path, default=Path("runs/elastify_backbone_study/elastic"), help="the model")
+    parser.add_argument("--folder", type=Path, default=Path("runs/serving"), help="folder of the model")
     parser.add_argument("--results", type=Path, default=RESULTS / "serving.jsonl", help="file of the results")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--first_round", type=int, default=0, help="number of the first round")
@@ -465,10 +497,13 @@ def make_parser() -> argparse.ArgumentParser:
 def main():
     args = make_parser().parse_args()
     if not args.report:
-        pixels, labels = (part[:IMAGES] for part in load(args.data)["test"])
-        images = [to_png(image) for image in pixels]
+        data = load(args.data)
+        if not (args.folder / "config.json").exists():
+            train(data, args.folder)
+        pixels, labels = (part[:IMAGES] for part in data["test"])
         if not (args.folder / "results.json").exists():
-            evaluate(args.folder, images, labels)
+            evaluate(args.folder, pixels, labels)
+        images = [to_png(image) for image in pixels]
         if args.overheads:
             measure_overheads(args, images)
         else:

@@ -51,6 +51,7 @@ def test_the_tables_on_serving_are_those_of_the_results(serving):
 @pytest.mark.slow
 def test_the_benchmark_of_serving_plays_its_traces_against_servers(serving, monkeypatch, tmp_path):
     model = make_model(num_channels=1, image_size=28, patch_size=7, num_attention_heads=12, num_hidden_layers=1)
+    model.config.id2label = dict(enumerate(serving.CLASSES))
     model.save_pretrained(tmp_path / "model")
     make_image_processor(model.config).save_pretrained(tmp_path / "model")
     images = torch.rand(20, 1, 28, 28) * 2 - 1
@@ -59,13 +60,12 @@ def test_the_benchmark_of_serving_plays_its_traces_against_servers(serving, monk
     monkeypatch.setattr(serving, "SECONDS", 2)
     monkeypatch.setattr(serving, "NEIGHBOUR", (0.5, 1.0))
     monkeypatch.setattr(serving, "TRACES", {"neighbour": lambda second: 1.0})
-    files = [serving.to_png(image) for image in images]
-    serving.evaluate(tmp_path / "model", files, labels)
+    serving.evaluate(tmp_path / "model", images, labels)
     command = ["--folder", str(tmp_path / "model"), "--results", str(tmp_path / "rows.jsonl"), "--rounds", "1"]
     args = serving.make_parser().parse_args([*command, "--capacity", "20", "--traces", "neighbour"])
     affinity = os.sched_getaffinity(0)
     try:
-        serving.run_rounds(args, files, labels.tolist())
+        serving.run_rounds(args, [serving.to_png(image) for image in images], labels.tolist())
     finally:
         os.sched_setaffinity(0, affinity)
     rows = serving.read_rows(tmp_path / "rows.jsonl")
