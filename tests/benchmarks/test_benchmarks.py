@@ -61,7 +61,9 @@ def test_the_benchmark_of_loading_prints_a_row_for_each_way():
     assert rows[1][1] == "ordinary 3-head ViT" and rows[1][3] == "1.00"
 
 
-@pytest.mark.parametrize(("name", "page"), [("download", "loading"), ("gradients", "multi_node"), ("loading", "loading")])
+@pytest.mark.parametrize(
+    ("name", "page"), [("download", "loading"), ("gradients", "multi_node"), ("loading", "loading")]
+)
 def test_the_tables_of_benchmarks_are_those_of_the_results(load_module, name, page):
     timing, benchmark = load_module("timing"), load_module(f"benchmark_{name}")
     rows = timing.read_rows(BENCHMARKS / "results" / f"{name}.jsonl")
