@@ -148,6 +148,7 @@ def test_graphs_are_valid_onnx(model, tmp_path, onnxruntime):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of torch
 def test_an_export_is_no_larger_than_that_of_a_vit_of_its_shapes(make_model, tmp_path, onnxruntime):
     import onnx_ir
     from transformers import ViTConfig, ViTForImageClassification

@@ -390,7 +390,7 @@ def test_files_by_width_that_do_not_belong_together_are_not_published(hub, user,
     for options in ({}, {"shard_by_heads": True}):
         with pytest.raises(ClientError, match=r"ValueError.*model-02-heads.safetensors' belongs to another"):
             push(user, folder, "user/damaged", **options)
-    with pytest.raises(ClientError, match=r"ValueError.*`shard_by_heads` must be"):
+    with pytest.raises(ClientError, match=r"ValueError.*`shard_by_heads` must list"):
         push(user, other, "user/damaged", shard_by_heads=[7])
     assert "user/damaged" not in hub.repos
 

@@ -63,7 +63,7 @@ def test_a_checkpoint_of_the_version_before_is_resharded(tmp_path):
 
 def test_what_can_not_be_resharded_is_one_error_and_leaves_nothing(model, make_model, tmp_path):
     model.save_pretrained(tmp_path / "saved")
-    with pytest.raises(ValueError, match="`shard_by_heads` must be"):
+    with pytest.raises(ValueError, match="`shard_by_heads` must list"):
         reshard_checkpoint(tmp_path / "saved", tmp_path / "new", [7])
     make_model(num_attention_heads=4, subnetwork_heads=[2, 4]).config.save_pretrained(tmp_path / "saved")
     with pytest.raises(ValueError, match=r"are not of the 4 heads in its config\.json"):
