@@ -188,7 +188,7 @@ def vary(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def optimise(model: nn.Module, data: tuple, steps: list[list[int]], seed: int, backward, freeze: bool = False):
-    """Train a model at the widths of each step by the recipe of all methods. It leaves the averaged weights in it.
+    """Train a model at the widths of each step by the recipe of all methods. The model ends with the averaged weights.
 
     `backward` adds the gradients of images and labels at the widths of a step.
     """
