@@ -1,6 +1,5 @@
 """The model card: how good each width of a checkpoint is, what it costs and how to load it."""
 
-import inspect
 import json
 import re
 from itertools import chain
@@ -134,9 +133,10 @@ def save_model_card(folder: str | Path, model, results: list[dict], title: str, 
     A card of this function that is there already is made again, and what can't be computed stays: the sections and the
     metadata that this function does not write, the licence and the id that the code loads. Unless the accuracies say
     that the weights are others, the base model, the texts on training and limits and the results of other data stay
-    too. An argument other than its default replaces what the card says.
+    too. An argument that is given, and is not None, replaces what the card says.
     """
     folder, plot = Path(folder), "accuracy_over_macs.png"
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
     results = add_costs(_config_of(model), results)
     previous = _PreviousCard.read(folder / "README.md")
     if previous is not None:
@@ -148,9 +148,6 @@ def save_model_card(folder: str | Path, model, results: list[dict], title: str, 
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     card.save(folder / "README.md")
     return card
-
-
-DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(create_model_card).parameters.items()}
 
 
 class _PreviousCard:
@@ -172,7 +169,6 @@ class _PreviousCard:
 
     def complete(self, given: dict, results: list[dict]) -> dict:
         """Complete the arguments of a new card. `results` are its rows."""
-        given = {name: value for name, value in given.items() if name not in DEFAULTS or value != DEFAULTS[name]}
         path = re.search('^path = "(.*)"$', self.card.text, flags=re.MULTILINE)
         known = {"license": self.card.data.license, "model_id": path[1] if path else None}
         name = given.get("dataset_name", self.results[0].dataset_name if self.results else None)

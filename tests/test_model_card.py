@@ -226,7 +226,7 @@ def written(model, tmp_path):
 
 def test_a_card_that_is_made_again_keeps_what_can_not_be_computed(model, tmp_path, written):
     costs = {"latency_ms": 2.5, "batch_size": 1, "device": "Abacus 3000", "dtype": "float32"}
-    save_model_card(tmp_path, model, [row | costs for row in ROWS], "tiny", training=None, license="apache-2.0")
+    save_model_card(tmp_path, model, [row | costs for row in ROWS], "tiny", training=None, license=None)
     text = (tmp_path / "README.md").read_text()
     card = ModelCard(text)
     assert card.data.license == "mit" and card.data.base_model == "user/vit" and card.data.language == "en"
@@ -239,6 +239,12 @@ def test_a_card_that_is_made_again_keeps_what_can_not_be_computed(model, tmp_pat
     assert text.count("## Intended use\n\n```bash\n## birds only\n```\n\n## Citation\n") == 1
     save_model_card(tmp_path, model, [row | costs for row in ROWS], "tiny")
     assert (tmp_path / "README.md").read_text() == text
+
+
+def test_an_argument_that_is_given_replaces_what_the_card_says_even_where_it_is_the_default(model, tmp_path, written):
+    save_model_card(tmp_path, model, ROWS, "tiny", license="apache-2.0", dataset_name="held-out images")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.license == "apache-2.0" and card.data.eval_results[0].dataset_name == "held-out images"
 
 
 def test_a_card_of_other_weights_keeps_the_words_of_its_owner_and_no_old_result(model, tmp_path, written):

@@ -28,11 +28,16 @@ def card(
         typer.Option(metavar="ID", help="Hub id that the code on the card loads.", show_default="the title"),
     ] = None,
     dataset_name: Annotated[
-        str, typer.Option(metavar="TEXT", help="Name of the data that the accuracy was measured on.")
-    ] = "held-out images",
+        str | None,
+        typer.Option(
+            metavar="TEXT", help="Name of the data that the accuracy was measured on.", show_default="held-out images"
+        ),
+    ] = None,
     dataset_id: Annotated[str | None, typer.Option(metavar="ID", help="Hub id of these data.")] = None,
     training: Annotated[str | None, typer.Option(metavar="TEXT", help="Training data and recipe, in Markdown.")] = None,
-    license: Annotated[str, typer.Option(metavar="ID", help="Licence of the weights.")] = "apache-2.0",
+    license: Annotated[
+        str | None, typer.Option(metavar="ID", help="Licence of the weights.", show_default="apache-2.0")
+    ] = None,
     measure: Annotated[bool, typer.Option(help="Whether to measure latency and memory on this machine.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the card that is there.")] = False,
 ):

@@ -17,6 +17,9 @@ def test_card_shows_the_results_and_replaces_a_card_only_if_it_is_told_to(hydrav
     code, *_ = hydravit("card", folder, "--dataset-name", "the digits", "--model-id", "user/tiny", "--overwrite")
     assert code == 0 and 'path = "user/tiny"' in card.read_text() and "| latency |" in card.read_text()
     assert "27.27%" in card.read_text() and "the digits" in card.read_text()
+    for option, license in ((["--license", "mit"], "mit"), ([], "mit"), (["--license", "apache-2.0"], "apache-2.0")):
+        assert hydravit("card", folder, "--no-measure", "--overwrite", *option)[0] == 0
+        assert f"\nlicense: {license}\n" in card.read_text() and "the digits" in card.read_text()
 
 
 def test_push_names_missing_weights_before_it_needs_the_hub(hydravit, folder):
