@@ -198,7 +198,7 @@ def lose_the_loss():
 
 
 RAISED = [load_other_labels, classify_images_of_another_size, train_without_the_images, lose_the_loss]
-ELSEWHERE_RAISED = {  # by transformers where the package is missing, and by pushes: test_hub.py
+ELSEWHERE_RAISED = {  # by transformers where the package is missing, and by pushes: tests/hub
     "contains custom code which must be executed",
     "Nothing can be published without a token",
     "names what is on this machine only",
