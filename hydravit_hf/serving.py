@@ -4,7 +4,7 @@ There is no server, no model and no clock in here. The caller gives the time, ru
 took, so a trace of requests can be replayed on a simulated clock. All times are milliseconds on one clock.
 """
 
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import count
@@ -108,12 +108,12 @@ class Scheduler:
 
     Requests run in the order of their deadlines. Those that leave the width to the scheduler run at the widest width at
     which all of them, in batches of that width, would be on time. If none keeps all deadlines, they run at the
-    narrowest, in the largest batch that its most urgent request has time for. So the width falls as the queue grows,
-    and rises when it is short again. The batch never waits for more requests. Requests that ask for a width run at that
-    width, together.
+    narrowest, in the batch that keeps the most deadlines a second. So the width falls as the queue grows, and rises
+    when it is short again. The batch never waits for more requests. Requests that ask for a width run at that width,
+    together.
 
-    A request that has no time left even for the narrowest width, or the one that it asks for, is late. It runs after
-    all others, or is refused.
+    A request that has no time left even for the narrowest width, or the one that it asks for, is late. So is one that
+    the batch leaves out because it would be too late for it. A late request runs after all others, or is refused.
 
     The policy comes from SlackFit of SuperServe (NSDI 2025), which chooses by the slack of the most urgent request
     alone. docs/serving.md compares the two.
@@ -179,15 +179,15 @@ class Scheduler:
         if urgent is not None:
             asked = urgent[2].num_heads
             queue = self._waiting[asked]
-            num_heads, size = self._choose(queue, now) if asked is None else (asked, self._fitting(asked, queue, now))
+            num_heads, part = self._choose(asked, now)
         elif any(self._late.values()):
             asked, queue = min(self._late.items(), key=lambda item: item[1][0] if item[1] else (float("inf"),))
             num_heads = self.heads[0] if asked is None else asked
-            size = min(len(queue), self.latencies.largest(num_heads))
+            part = slice(0, self.latencies.largest(num_heads))
         else:
             return Batch(refused=refused)
-        requests = [request for _, _, request in queue[:size]]
-        del queue[:size]
+        requests = [request for _, _, request in queue[part]]
+        del queue[part]
         return Batch(num_heads, requests, refused)
 
     def done(self, batch: Batch, took: float, now: float):
@@ -209,43 +209,46 @@ class Scheduler:
             del queue[:late]
         return refused
 
-    def _choose(self, queue: list, now: float) -> tuple[int, int]:
-        """The widest width at which the whole queue is on time, and the size of its batch."""
-        asked = self._asked()
-        for num_heads in reversed(self.heads):
-            largest = self.latencies.largest(num_heads)
-            size = min(len(queue), largest)
+    def _choose(self, asked: int | None, now: float) -> tuple[int, slice]:
+        """The widest width at which the whole queue is on time, and the part of the queue that is its batch."""
+        queue, others = self._waiting[asked], self._asked(asked)
+        widths = self.heads[::-1] if asked is None else [asked]
+        for num_heads in widths:
+            size = min(len(queue), self.latencies.largest(num_heads))
             while size:
-                if self._is_on_time(queue, num_heads, size, now, asked):
-                    return num_heads, size
+                if self._is_on_time(queue, num_heads, size, now, others):
+                    return num_heads, slice(0, size)
                 size //= 2
-        return self.heads[0], self._fitting(self.heads[0], queue, now)
+        return widths[-1], self._fullest(widths[-1], queue, now)
 
-    def _is_on_time(self, queue: list, num_heads: int, size: int, now: float, asked: list) -> bool:
-        """Whether a batch of `size`, then those that ask for a width, and then the rest of the queue in the largest
-        batches, meet their deadlines. Of those that ask for a width, the most urgent ones are looked at."""
+    def _is_on_time(self, queue: list, num_heads: int, size: int, now: float, others: list) -> bool:
+        """Whether a batch of `size`, then the others that ask for a width, and then the rest of the queue in the
+        largest batches, meet their deadlines. Of the others, the most urgent ones are looked at."""
         end = self._end(now, num_heads, size)
-        if queue[0][0] < end or any(waiting[0][0] < end + ms for waiting, ms in asked):
+        if queue[0][0] < end or any(waiting[0][0] < end + ms for waiting, ms in others):
             return False
-        end, largest = end + sum(ms for _, ms in asked), self.latencies.largest(num_heads)
+        end, largest = end + sum(ms for _, ms in others), self.latencies.largest(num_heads)
         for first in range(size, len(queue), largest):
             end += self.latencies(num_heads, min(largest, len(queue) - first))
             if queue[first][0] < end:
                 return False
         return True
 
-    def _fitting(self, num_heads: int, queue: list, now: float) -> int:
-        """The largest batch that the most urgent request has time for."""
-        size = min(len(queue), self.latencies.largest(num_heads))
-        while size > 1 and self._end(now, num_heads, size) > queue[0][0]:
-            size -= 1
-        return size
+    def _fullest(self, num_heads: int, queue: list, now: float) -> slice:
+        """The part of the queue that keeps the most deadlines a second as one batch. Those before it are given up."""
+        best, part = 0.0, slice(0, 1)
+        for size in range(1, min(len(queue), self.latencies.largest(num_heads)) + 1):
+            first = bisect_left(queue, (self._end(now, num_heads, size),))
+            rate = min(size, len(queue) - first) / self.latencies(num_heads, size)
+            if rate > best:
+                best, part = rate, slice(first, first + size)
+        return part
 
-    def _asked(self) -> list[tuple[list, float]]:
-        """The queues of the requests that ask for a width, and the time that each takes."""
+    def _asked(self, but: int | None) -> list[tuple[list, float]]:
+        """The queues of the requests that ask for a width other than `but`, and the time that each takes."""
         asked = []
         for num_heads, queue in self._waiting.items():
-            if num_heads is not None and queue:
+            if num_heads not in (None, but) and queue:
                 largest = self.latencies.largest(num_heads)
                 batches, rest = divmod(len(queue), largest)
                 ms = batches * self.latencies(num_heads, largest) + (self.latencies(num_heads, rest) if rest else 0)

@@ -62,7 +62,7 @@ except Exception as error:
 """
 
 
-@pytest.mark.slow  # its fast sibling is test_a_load_that_can_not_fetch_the_weights_is_an_error_and_no_model of tests/hub
+@pytest.mark.slow  # its fast sibling is the test of a load that can not fetch the weights, in tests/hub
 @pytest.mark.parametrize("options", [{}, {"num_attention_heads": 3}])
 def test_a_download_onto_a_full_disk_is_an_error_and_no_model(large_model, disk, tmp_path, options):
     large_model.save_pretrained(tmp_path / "saved")

@@ -131,6 +131,25 @@ def test_more_requests_are_right_in_time_than_at_each_fixed_width(rate, slower):
     assert scores.pop(None) > max(scores.values()) + 0.005
 
 
+@pytest.mark.parametrize("asked", [None, 3])
+def test_too_many_requests_are_answered_on_time_as_fast_as_the_narrowest_can(asked):
+    """Twice what the largest batches of 3 heads can do. A batch that its most urgent request still has time for would
+    be small and slow, and the queue would never become shorter."""
+    most = 8 / exact(3, 8)  # per ms
+    trace = poisson(lambda time: 2 * most, 8000)
+    for request in trace:
+        request.num_heads = asked
+    rows = replay(make_scheduler(), trace, exact)
+    assert sum(row["is_on_time"] for row in rows) > 0.9 * most * 8000
+
+
+def test_an_urgent_request_is_not_given_up_where_all_can_be_on_time():
+    scheduler = make_scheduler()
+    for deadline in (60, *[400] * 5):
+        scheduler.add(Request(0, deadline, num_heads=12))
+    assert [request.deadline for request in scheduler.next_batch(0).requests] == [60]
+
+
 def test_a_quiet_machine_runs_almost_always_the_widest():
     rows = replay(make_scheduler(), poisson(lambda time: 0.005, 20_000), exact)
     assert effective_accuracy(rows) > ACCURACY[12] - 0.003

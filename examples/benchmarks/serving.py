@@ -58,6 +58,7 @@ TRACES = {
 BUSY = f"import time; end = time.monotonic() + {SECONDS}\nwhile time.monotonic() < end: pass"  # ends by itself, too
 SCHEDULER = "scheduler"
 BUCKET_MS = 10  # times that SlackFit does not tell apart
+OVERLOAD = 1.5
 BIN = 0.5  # seconds of a point of the plot
 STEPS = 1600  # of the training, in batches of 32
 
@@ -321,9 +322,9 @@ def measure_overheads(args, images: list[bytes]):
             scheduler = Scheduler(Latencies(engine.rows))
             for number in range(waiting):
                 scheduler.add(Request(0, DEADLINE_MS + number))
-            start = time.perf_counter()
+            start = time.thread_time()
             scheduler.next_batch(0)
-            times.append(1e3 * (time.perf_counter() - start))
+            times.append(1e3 * (time.thread_time() - start))
         row = {"measure": "decision", "waiting": waiting, "p50_ms": statistics.median(times)}
         append_rows(args.results, [row | {"p99_ms": float(np.percentile(times, 99))}])
 
@@ -348,29 +349,32 @@ class SlackFit(Scheduler):
     """The rule of SuperServe: the batch that takes the most of the time that the most urgent request has. Of those that
     take about as long, it is the largest, and then the widest."""
 
-    def _choose(self, queue: list, now: float) -> tuple[int, int]:
+    def _choose(self, asked: int | None, now: float) -> tuple[int, slice]:
+        queue = self._waiting[asked]
         slack, best = queue[0][0] - now - self.reserve_ms, (0, 1, self.heads[0])
         for num_heads in self.heads:
             for size in range(1, min(len(queue), self.latencies.largest(num_heads)) + 1):
                 ms = self.latencies(num_heads, size)
                 if ms <= slack:
                     best = max(best, (int(ms / BUCKET_MS), size, num_heads))
-        return best[2], best[1]
+        return best[2], slice(0, best[1])
 
 
 def simulate(rows: list[dict]) -> list[dict]:
     """Effective accuracy of each rule on the traces, with the times and accuracies that were measured. The neighbour
-    doubles the times."""
+    doubles the times. One more trace has `OVERLOAD` times as many requests as the narrowest can answer."""
     measured = [row for row in rows if row.get("measure") == "latencies"]
     capacity = next((row["capacity"] for row in rows if "capacity" in row), None)
     if not measured or capacity is None:
         return []
     latencies = Latencies(measured[-1]["rows"])
     accuracies = {row["num_heads"]: row["accuracy"] for row in measured[-1]["accuracies"]}
+    largest = latencies.largest(latencies.heads[0])
+    overload = OVERLOAD * 1e3 * largest / latencies(latencies.heads[0], largest) / capacity
     found, (start, end) = [], (1e3 * second for second in NEIGHBOUR)
     for name, rule in {"all requests (`hydravit serve`)": Scheduler, "the most urgent (SlackFit)": SlackFit}.items():
         found.append({"rule": name})
-        for trace, rate in TRACES.items():
+        for trace, rate in (TRACES | {"overload": lambda second: overload}).items():
             times = [1e3 * second for second in arrivals(rate, capacity, 0)]
 
             def took(num_heads: int, size: int, now: float, busy: bool = trace == "neighbour") -> float:
@@ -431,7 +435,7 @@ OVERHEAD_COLUMNS = {
     "ratio": ("ratio", ".2f"),
 }
 CAPACITY = f"what {HEADS[-1]} heads can answer"
-SIMULATED_COLUMNS = {"rule": ("looks at", "")} | {trace: (trace, ".2f") for trace in TRACES}
+SIMULATED_COLUMNS = {"rule": ("looks at", "")} | {trace: (trace, ".2f") for trace in (*TRACES, "overload")}
 
 
 def plot(rows: list[dict], path: Path):
