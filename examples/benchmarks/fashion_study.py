@@ -1,7 +1,8 @@
 """Is one elastic ViT as good as a model for each width, and which elastic ViT is the best? A study on Fashion-MNIST.
 
     pip install -c constraints.txt -e ".[train,study]"
-    python examples/benchmarks/fashion_study.py --device cuda --num_processes 8
+    python examples/benchmarks/fashion_study.py        # on a CPU, some runs at a time, about nine hours of a core in all
+    python examples/benchmarks/fashion_study.py --device cuda --num_processes 8 --epochs 30
     python examples/benchmarks/fashion_study.py --report      # the table and the plot of the results, without training
 
 The data are the four idx files of Fashion-MNIST, as Debian's package `dataset-fashion-mnist` has them. The models have
@@ -42,7 +43,7 @@ PLOT = Path(__file__).parents[2] / "docs" / "fashion_study.png"
 HEADS, ALONE = list(range(3, 13)), (3, 4, 6, 9, 12)
 SIZES = {"head_dim": 8, "image_size": 28, "patch_size": 4, "num_channels": 1, "num_hidden_layers": 6, "num_labels": 10}
 SHARE = 1 / 3  # of the compute of ten models
-BATCH, LEARNING_RATE, WARMUP, WEIGHT_DECAY, MAX_GRAD_NORM = 256, 3e-3, 0.1, 0.05, 1.0
+BATCH, LEARNING_RATE, WARMUP, WEIGHT_DECAY, MAX_GRAD_NORM = 64, 2e-3, 0.1, 0.05, 1.0
 LABEL_SMOOTHING, EMA_DECAY, SHIFT = 0.1, 0.998, 2
 ORDERING_IMAGES = 1024
 WEIGHTS = [3.0] + [1.0] * 9  # 3 heads three times as often as each of the others
@@ -408,7 +409,7 @@ def plot(summary: list[dict], alone: dict[int, np.ndarray], path: Path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="idx files")
-    parser.add_argument("--epochs", type=int, default=30, help="epochs of the models of one width")
+    parser.add_argument("--epochs", type=int, default=2, help="epochs of the models of one width")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--attempts", action="store_true", help="compare variants on the validation images as well")
     parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="runs whose names begin so")
