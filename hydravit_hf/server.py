@@ -379,8 +379,11 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         OSError: The address is in use, or is none of this machine.
     """
-    family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    bound = socket.socket(family)
+    options = {"type": socket.SOCK_STREAM, "flags": socket.AI_PASSIVE}
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, **options)[0]
+    # asyncio lets a connection send at once (TCP_NODELAY) only if its socket names the protocol. Else each answer but a
+    # connection's first ones waits 40 ms for the client's acknowledgement of its head.
+    bound = socket.socket(family, kind, protocol)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind(address)

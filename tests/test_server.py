@@ -22,6 +22,7 @@ from support.models import make_model
 from support.serving import Client, free_port, served, start
 
 from hydravit_hf import make_image_processor
+from hydravit_hf.server import bind
 
 HEADS = [1, 3, 6]
 KEY = "a secret"
@@ -436,3 +437,23 @@ def test_a_start_that_can_not_succeed_says_why_in_one_line(hydravit, checkpoint)
     assert code == 2 and all(name in err for name in ("--runtime", "torch", "openvino", "onnx"))
     code, _, err = hydravit("serve", checkpoint, "--port", free_port(), "--deadline-ms", "nan")
     assert code in (1, 2) and "deadline" in err
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_an_answer_does_not_wait_until_the_client_has_acknowledged_its_head(host):
+    """asyncio sets TCP_NODELAY only on a socket that names its protocol."""
+
+    async def accepted() -> int:
+        found = asyncio.get_running_loop().create_future()
+
+        def note(reader, writer):
+            found.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        bound = bind(host, 0)
+        async with await asyncio.start_server(note, sock=bound):
+            _, writer = await asyncio.open_connection(*bound.getsockname()[:2])
+            writer.close()
+            return await found
+
+    assert asyncio.run(accepted())

@@ -290,7 +290,7 @@ def measure_capacity(port: int, images: list[bytes], seconds: float = 5.0, clien
 
 
 def measure_overheads(args, images: list[bytes]):
-    """What the server adds to the model: to a lone request, to batches of 16, and the time of a decision."""
+    """What the server adds to the model: to a lone request and to full batches, and the time of a decision."""
     from hydravit_hf.engine import Engine
 
     torch.set_num_threads(1)
@@ -300,18 +300,20 @@ def measure_overheads(args, images: list[bytes]):
     append_rows(args.results, [{"measure": "latencies", "rows": engine.rows, "accuracies": accuracies}])
     inputs = torch.cat([engine.prepare(image) for image in images[:16]])
     engine.close()
+    latencies = Latencies(engine.rows)
     for num_heads in HEADS:
+        size = min(len(inputs), latencies.largest(num_heads))  # of the largest batch that the server runs
         with served(args.folder, [num_heads], None) as (_, port), torch.inference_mode():
             rows = asyncio.run(ask_alone(port, images[0], 200))
             pairs = []
             for _ in range(args.rounds):
                 start = time.perf_counter()
-                passes = max(4, round(2 * 60 / num_heads))
+                passes = max(4, round(2000 / (num_heads * size)))
                 for _ in range(passes):
-                    model(inputs, num_heads_active=num_heads)
-                bare = 16 * passes / (time.perf_counter() - start)
+                    model(inputs[:size], num_heads_active=num_heads)
+                bare = size * passes / (time.perf_counter() - start)
                 pairs.append((measure_capacity(port, images, 3.0, 48), bare))
-        row = {"measure": "server", "num_heads": num_heads, "machine": machine()}
+        row = {"measure": "server", "num_heads": num_heads, "batch_size": size, "machine": machine()}
         row["added_ms"] = statistics.median(total - computed for total, computed in rows)
         row["throughput"], row["bare"] = (statistics.median(column) for column in zip(*pairs, strict=True))
         row["ratio"] = statistics.median(served / bare for served, bare in pairs)
@@ -429,6 +431,7 @@ COLUMNS = {
 }
 OVERHEAD_COLUMNS = {
     "num_heads": ("heads", ""),
+    "batch_size": ("batch", ""),
     "added_ms": ("added to a lone request, ms", ".2f"),
     "throughput": ("answers a second", ".1f"),
     "bare": ("images a second of a bare loop", ".1f"),
