@@ -26,7 +26,8 @@ from datasets.utils.file_utils import is_local_path, xopen
 from PIL import Image as PILImage
 from transformers.utils import logging
 
-from .model.images_hydravit import FORMATS, check_resized, load_image, naming, with_channels
+from .folders import files_in, images_among
+from .model.images_hydravit import check_resized, load_image, naming, with_channels
 
 logger = logging.get_logger(__name__)
 
@@ -150,9 +151,9 @@ def load_folder(folder: Path, **kwargs) -> DatasetDict:
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder '{folder}'.")
     folder = folder.resolve()  # a relative one could be the name of a loader of `datasets`, such as "csv"
-    files = _list_files(folder)
+    files = files_in(folder)
     kinds = {kind: [file for file in files if file.suffix.lower() in kind] for kind in (TABLES, (".zip",), (".tar",))}
-    images = [file for file in files if file.suffix.lower() in _image_suffixes()]
+    images = images_among(files)
     if any(file.name.startswith("metadata.") for file in files):  # of `datasets`, which joins it with the images
         return load_dataset("imagefolder", data_dir=glob.escape(str(folder)), **kwargs)
     if images:
@@ -175,7 +176,7 @@ def load_folder(folder: Path, **kwargs) -> DatasetDict:
         splits = {}
         for file, root in zip(kinds[(".zip",)], extracted, strict=True):
             rows = splits.setdefault(_split_of(file.relative_to(folder)), [])
-            rows += [(path, path.parent.name) for path in _list_images(root)]
+            rows += [(path, path.parent.name) for path in images_among(files_in(root))]
         return _as_datasets(splits, **kwargs)
     return load_dataset(str(folder), **kwargs)
 
@@ -186,7 +187,7 @@ def load_image_files(folder: str | Path) -> Dataset:
     Raises:
         OSError: The folder does not exist or holds no images.
     """
-    files = [str(file) for file in _list_images(Path(folder))]
+    files = [str(file) for file in images_among(files_in(Path(folder)))]
     if not files:
         raise FileNotFoundError(f"There are no images in '{folder}'.")
     return Dataset.from_dict({"image": files}, features=Features({"image": Image()}))
@@ -271,27 +272,6 @@ def _as_datasets(splits: dict[str, list[tuple[Path, str | None]]], streaming: bo
         columns = {"image": [str(file) for file, _ in rows], "label": [numbers[name] for _, name in rows]}
         found[split] = Dataset.from_dict(columns, features=features)
     return DatasetDict({split: data.to_iterable_dataset() if streaming else data for split, data in found.items()})
-
-
-def _list_files(folder: Path) -> list[Path]:
-    """All files below a folder that are not hidden, through links to other folders too, in sorted order."""
-    files, seen = [], set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(parent)) in seen:
-            folders.clear()  # a link that leads back
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
-        files += [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
-    return files
-
-
-def _list_images(folder: Path) -> list[Path]:
-    return [file for file in _list_files(folder) if file.suffix.lower() in _image_suffixes()]
-
-
-def _image_suffixes() -> set[str]:
-    return {suffix for suffix, name in PILImage.registered_extensions().items() if name in FORMATS}
 
 
 def _tops(folder: Path, files: list[Path]) -> set[str]:

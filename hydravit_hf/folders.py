@@ -1,4 +1,4 @@
-"""Checks and names folders, and writes files and folders whole or not at all."""
+"""Checks, lists and names folders, and writes files and folders whole or not at all."""
 
 import os
 import shutil
@@ -52,3 +52,26 @@ def check_path(source: str):
     if source.startswith((".", "/", "~")) or len(path.parts) > 2 or path.is_absolute() or similar:
         hint = f" Do you mean '{path.parent / similar[0]}'?" if similar else ""
         raise FileNotFoundError(f"There is no folder '{source}'.{hint}")
+
+
+def files_in(folder: Path) -> list[Path]:
+    """All files below a folder that are not hidden, through links to other folders too, in sorted order."""
+    files, seen = [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(parent)) in seen:
+            folders.clear()  # a link that leads back
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+        files += [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
+    return files
+
+
+def images_among(files: list[Path]) -> list[Path]:
+    """The files that are called like images of a kind that is read."""
+    from PIL import Image
+
+    from .model.images_hydravit import FORMATS
+
+    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+    return [file for file in files if file.suffix.lower() in suffixes]

@@ -117,12 +117,11 @@ def without_bars():
 
 def images_in(source: str) -> list[str]:
     """The image files in a folder, or what is no folder."""
-    from PIL import Image
+    from hydravit_hf.folders import files_in, images_among
 
     if not Path(source).is_dir():
         return [source]
-    suffixes = Image.registered_extensions()
-    found = sorted(str(file) for file in Path(source).rglob("*") if file.suffix.lower() in suffixes)
+    found = [str(file) for file in images_among(files_in(Path(source)))]
     if not found:
         raise FileNotFoundError(f"There are no images in '{source}'.")
     return found

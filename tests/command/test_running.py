@@ -68,6 +68,9 @@ def test_a_label_of_a_model_cannot_steer_the_terminal(hydravit, folder, tmp_path
 
 def test_a_folder_of_images_is_classified_and_printed_as_csv(hydravit, folder, digit_files):
     files = sorted(str(file) for file in (digit_files / "test").rglob("*.png"))
+    for name in ("notes.pdf", "._digit.png", "__MACOSX/digit.png"):  # not images, or of the archive that they came in
+        (digit_files / "test" / name).parent.mkdir(exist_ok=True)
+        (digit_files / "test" / name).write_bytes(b"no image")
     code, out, _ = hydravit("predict", folder, digit_files / "test", "--csv", "--top-k", 2)
     rows = list(csv.DictReader(out.splitlines()))
     assert code == 0 and [row["image"] for row in rows[::2]] == files and {row["rank"] for row in rows} == {"1", "2"}
