@@ -2,8 +2,8 @@
 
     pip install -c constraints.txt -e ".[quantize]"
     python examples/benchmarks/benchmark_quantization.py --heads 3 12 --threads 1 --json quantization.jsonl
-    python examples/benchmarks/lora_study.py --base_only    # leaves a model of Fashion-MNIST in runs/lora_study/base
-    python examples/benchmarks/benchmark_quantization.py --checkpoint runs/lora_study/base --heads 3 6 12 --rounds 0
+    python examples/benchmarks/lora_study.py --base_only --onnx ...    # leaves a model of Fashion-MNIST in its folder
+    python examples/benchmarks/benchmark_quantization.py --checkpoint runs/lora_study/base --heads 2 3 4 5 6 --rounds 0
 
 The size is that of the default model, or of the checkpoint. Each way runs the subnetwork that `extract_subnetwork` cuts
 out of the quantized model. Each round calls every way once, in a shuffled order. A ratio is the median over the rounds
@@ -100,12 +100,14 @@ def time_all(models: dict, num_heads: int, batch_size: int, rounds: int) -> dict
 def score(models: dict, heads: list[int], data: Path, classes: int) -> dict:
     """The accuracy of each scheme and width on the test images of Fashion-MNIST, in %. The study trains on the last
     classes."""
+    from elastify_backbone_study import Enlarged
     from elastify_study import accuracies
     from lora_study import part
 
     images, labels = part(data, "test", range(10 - classes, 10))
     return {
-        name: dict(zip(heads, accuracies(model, images, labels, heads), strict=True)) for name, model in models.items()
+        name: dict(zip(heads, accuracies(Enlarged(model), images, labels, heads), strict=True))
+        for name, model in models.items()
     }
 
 

@@ -83,10 +83,12 @@ class Enlarged:
         return self.model(enlarge(images), **options)
 
 
-def arrange(vit, arm: str, images: torch.Tensor, has_classifier: bool = True) -> HydraViTForImageClassification:
+def arrange(
+    vit, arm: str, images: torch.Tensor, has_classifier: bool = True, num_labels: int = 10
+) -> HydraViTForImageClassification:
     """Make an arm's elastic model from a ViT."""
     model = HydraViTForImageClassification.from_vit(
-        vit, 6, image_size=SIZE, num_labels=10, subnetwork_heads=HEADS
+        vit, 6, image_size=SIZE, num_labels=num_labels, subnetwork_heads=HEADS
     ).eval()
     if arm != "leading slices":
         items = [{"pixel_values": image} for image in enlarge(images[:ORDERING_IMAGES])]

