@@ -35,10 +35,10 @@ from hydravit_hf.lora import lora_config
 from hydravit_hf.training.steps import sample_subnetworks
 
 NEW, OLD = range(5), range(5, 10)
-BASE_STEPS, BASE_LEARNING_RATE, STEPS, BATCH = 600, 5e-5, 400, 32
+BASE_STEPS, BASE_LEARNING_RATE, STEPS, BATCH = 400, 5e-5, 300, 32
 ARMS = {"full": None, "LoRA": {"r": 4}, "DoRA": {"r": 4, "use_dora": True}}  # arguments of `lora_config`
-LEARNING_RATES = {"full": (3e-5, 1e-4), "LoRA": (5e-4, 1e-3, 2e-3), "DoRA": (5e-4, 1e-3, 2e-3)}
-TUNING_SEED = 100
+LEARNING_RATES = {"full": (5e-5, 1e-4), "LoRA": (1e-3, 2e-3), "DoRA": (1e-3, 2e-3)}
+TUNING_SEED, TUNING_IMAGES = 100, 1_000
 STEP_COLUMNS = {
     "arm": ("arm", ""),
     "num_heads": ("heads", ""),
@@ -96,7 +96,8 @@ def fine_tune(args, base: Path, arm: str, seed: int, learning_rate: float, split
     nn.init.zeros_(model.classifier.bias)
     adapted, share = adapt(model, arm)
     train(adapted, model.config, part(args.data, "train", NEW), STEPS, seed, learning_rate)
-    scores = accuracies(Enlarged(adapted), *part(args.data, split, NEW), HEADS)
+    images, labels = (rows[: TUNING_IMAGES if split == "validation" else None] for rows in part(args.data, split, NEW))
+    scores = accuracies(Enlarged(adapted), images, labels, HEADS)
     return {"learning_rate": learning_rate, "trained": share, split: scores}
 
 
