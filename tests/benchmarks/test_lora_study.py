@@ -4,6 +4,7 @@ import argparse
 
 import pytest
 import torch
+from support.benchmarks import DOCS
 from transformers import Dinov2Config, Dinov2Model
 
 from hydravit_hf import HydraViTConfig
@@ -31,6 +32,14 @@ def test_the_study_of_lora_trains_each_arm_once_and_reports_its_distance(load_mo
     assert (full["run"], full["trained"], lora["run"]) == ("full/0", 1, "LoRA/0") and 0 < lora["trained"] < 0.5
     gap = 100 * (lora["test"][0] - full["test"][0])
     assert f"| {100 * lora['test'][0]:.1f} ({gap:+.1f}) |" in study.report([full, lora])
+
+
+def test_the_table_on_adapters_is_that_of_the_results(load_module):
+    pytest.importorskip("peft")
+    study = load_module("lora_study")
+    page = (DOCS / "lora.md").read_text(encoding="utf-8").splitlines()
+    lines = study.report(study.read_rows(study.RESULTS / "lora_study.jsonl")).splitlines()
+    assert len(lines) > 3 and set(lines) <= set(page)
 
 
 @pytest.mark.filterwarnings("ignore")  # of PEFT
