@@ -26,7 +26,7 @@ from datasets.utils.file_utils import is_local_path, xopen
 from PIL import Image as PILImage
 from transformers.utils import logging
 
-from .folders import files_in, images_among
+from .folders import files_in, images_among, images_in
 from .model.images_hydravit import check_resized, load_image, naming, with_channels
 
 logger = logging.get_logger(__name__)
@@ -176,7 +176,7 @@ def load_folder(folder: Path, **kwargs) -> DatasetDict:
         splits = {}
         for file, root in zip(kinds[(".zip",)], extracted, strict=True):
             rows = splits.setdefault(_split_of(file.relative_to(folder)), [])
-            rows += [(path, path.parent.name) for path in images_among(files_in(root))]
+            rows += [(path, path.parent.name) for path in images_in(root)]
         return _as_datasets(splits, **kwargs)
     return load_dataset(str(folder), **kwargs)
 
@@ -187,7 +187,7 @@ def load_image_files(folder: str | Path) -> Dataset:
     Raises:
         OSError: The folder does not exist or holds no images.
     """
-    files = [str(file) for file in images_among(files_in(Path(folder)))]
+    files = [str(file) for file in images_in(Path(folder))]
     if not files:
         raise FileNotFoundError(f"There are no images in '{folder}'.")
     return Dataset.from_dict({"image": files}, features=Features({"image": Image()}))

@@ -67,8 +67,13 @@ def files_in(folder: Path) -> list[Path]:
     return files
 
 
+def images_in(folder: Path) -> list[Path]:
+    """The images among the files of a folder."""
+    return images_among(files_in(folder))
+
+
 def images_among(files: list[Path]) -> list[Path]:
-    """The files that are called like images of a kind that is read."""
+    """The files whose names end like those of the images that the package reads."""
     from PIL import Image
 
     from .model.images_hydravit import FORMATS

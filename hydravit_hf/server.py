@@ -379,11 +379,10 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         OSError: The address is in use, or is none of this machine.
     """
-    options = {"type": socket.SOCK_STREAM, "flags": socket.AI_PASSIVE}
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, **options)[0]
-    # asyncio lets a connection send at once (TCP_NODELAY) only if its socket names the protocol. Else each answer but a
-    # connection's first ones waits 40 ms for the client's acknowledgement of its head.
-    bound = socket.socket(family, kind, protocol)
+    family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    # asyncio lets a connection send at once (TCP_NODELAY) only if its socket names the protocol. Otherwise, the body of
+    # an answer waits until the client has acknowledged the head, which takes 40 ms.
+    bound = socket.socket(family, proto=socket.IPPROTO_TCP)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind(address)

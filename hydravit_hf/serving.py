@@ -112,8 +112,8 @@ class Scheduler:
     when it is short again. The batch never waits for more requests. Requests that ask for a width run at that width,
     together.
 
-    A request that has no time left even for the narrowest width, or the one that it asks for, is late. So is one that
-    the batch leaves out because it would be too late for it. A late request runs after all others, or is refused.
+    A request that has no time left even for the narrowest width, or the one that it asks for, is late. So is one whose
+    deadline comes before the end of that batch. A late request runs after all others, or is refused.
 
     The policy comes from SlackFit of SuperServe (NSDI 2025), which chooses by the slack of the most urgent request
     alone. docs/serving.md compares the two.

@@ -2,7 +2,7 @@
 
     pip install -c constraints.txt -e ".[quantize]"
     python examples/benchmarks/benchmark_quantization.py --heads 3 12 --threads 1 --json quantization.jsonl
-    python examples/benchmarks/lora_study.py --base_only --onnx ...    # leaves a model of Fashion-MNIST in its folder
+    python examples/benchmarks/lora_study.py --base_only --onnx ...    # leaves its model in runs/lora_study/base
     python examples/benchmarks/benchmark_quantization.py --checkpoint runs/lora_study/base --heads 2 3 4 5 6 --rounds 0
 
 The size is that of the default model, or of the checkpoint. Each way runs the subnetwork that `extract_subnetwork` cuts

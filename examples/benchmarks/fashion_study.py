@@ -1,7 +1,7 @@
 """Is one elastic ViT as good as a model for each width, and which elastic ViT is the best? A study on Fashion-MNIST.
 
     pip install -c constraints.txt -e ".[train,study]"
-    python examples/benchmarks/fashion_study.py        # about nine hours of a core in all
+    python examples/benchmarks/fashion_study.py        # an estimated 3 hours of a core for each seed
     python examples/benchmarks/fashion_study.py --device cuda --num_processes 8 --epochs 30
     python examples/benchmarks/fashion_study.py --report      # the table and the plot of the results, without training
 

@@ -115,13 +115,13 @@ def without_bars():
         enable_progress_bars()
 
 
-def images_in(source: str) -> list[str]:
+def files_named_by(source: str) -> list[str]:
     """The image files in a folder, or what is no folder."""
-    from hydravit_hf.folders import files_in, images_among
+    from hydravit_hf.folders import images_in
 
     if not Path(source).is_dir():
         return [source]
-    found = [str(file) for file in images_among(files_in(Path(source)))]
+    found = [str(file) for file in images_in(Path(source))]
     if not found:
         raise FileNotFoundError(f"There are no images in '{source}'.")
     return found

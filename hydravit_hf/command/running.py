@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from .loading import accuracies_of, check_has_cascade, dtype_named, images_in, load_model
+from .loading import accuracies_of, check_has_cascade, dtype_named, files_named_by, load_model
 from .options import CRITERION, BatchSize, Criterion, Device, Dtype, Heads, Json, Model, check_at_most_one
 from .printing import print_csv, print_json, print_rows, printable
 
@@ -50,7 +50,7 @@ def predict(
 
     check_at_most_one({"--num-heads": num_heads, "--heads": heads, "--cascade": cascade})
     check_at_most_one({"--json": as_json, "--csv": as_csv})
-    images = [image for given in images for image in images_in(given)]
+    images = [image for given in images for image in files_named_by(given)]
     if heads and not thresholds:
         raise ValueError("`--heads` runs a cascade, which needs `--thresholds`. `--num-heads` runs one width.")
     if (thresholds or criterion) and not (heads or cascade):
