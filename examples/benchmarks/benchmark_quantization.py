@@ -101,7 +101,7 @@ def score(models: dict, heads: list[int], data: Path, classes: int) -> dict:
     """The accuracy of each scheme and width on the test images of Fashion-MNIST, in %. The study trains on the last
     classes."""
     from elastify_backbone_study import Enlarged
-    from elastify_study import accuracies
+    from fashion_mnist import accuracies
     from lora_study import part
 
     images, labels = part(data, "test", range(10 - classes, 10))

@@ -7,7 +7,7 @@
 The backbone has the names, shapes and LayerScale of DINOv2-S/14: 12 layers, 6 heads x 64 channels. It runs on images
 of 56 pixels here. The probe is a ridge regression on the class token. Its strength is chosen on validation images. For
 the second part, the ViT is fine-tuned, made elastic and taught at 2 to 6 heads. The training images are the first of
-the training split of `elastify_study.py`, the validation images those of its validation split, and the test images all
+the training split of `fashion_mnist.py`, the validation images those of its validation split, and the test images all
 10,000. Each run adds its row to the file of results. Runs in the file are not repeated.
 """
 
@@ -16,7 +16,8 @@ import re
 from pathlib import Path
 
 import torch
-from elastify_study import accuracies, load, optimise, reorder
+from elastify_study import optimise, reorder
+from fashion_mnist import FOLDER, accuracies, load
 from timing import RESULTS, append_rows, read_rows
 from torch import nn
 from torch.utils.data import DataLoader
@@ -196,7 +197,7 @@ def report(rows: list[dict]) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--onnx", type=Path, help="the backbone")
-    parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="idx files")
+    parser.add_argument("--data", type=Path, default=FOLDER, help="idx files")
     parser.add_argument("--folder", type=Path, default=Path("runs/elastify_backbone_study"))
     parser.add_argument("--results", type=Path, default=RESULTS / "elastify_backbone_study.jsonl")
     parser.add_argument("--seeds", type=int, default=3)

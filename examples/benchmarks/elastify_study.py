@@ -11,20 +11,19 @@ each step, drawn with equal odds. Each run adds its row to the file of results. 
 """
 
 import argparse
-import gzip
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
+from baselines import DynaBERT, count_macs
+from fashion_mnist import FOLDER, Flipped, accuracies, load
 from timing import RESULTS, append_rows, read_rows
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
 
 from hydravit_hf import HydraViTConfig, HydraViTForImageClassification
 from hydravit_hf.elastification import find_rotation, fold_norms, measure, order, rotate
-from hydravit_hf.model.modeling_hydravit import HydraViTAttention, HydraViTMLP
 from hydravit_hf.training.optimizer import parameter_groups
 from hydravit_hf.training.steps import sample_subnetworks
 from hydravit_hf.training.teacher import Teacher
@@ -55,44 +54,6 @@ STYLES = {  # lines of the plot
 }
 
 
-# --- Data ---
-
-
-def read_idx(file: Path) -> np.ndarray:
-    """Read an array of bytes from a gzipped idx file."""
-    data = gzip.decompress(file.read_bytes())
-    shape = np.frombuffer(data, ">i4", data[3], 4)
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
-
-
-@cache
-def load(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Load the images, from -1 to 1, and labels of the splits train, validation and test."""
-    splits = {}
-    for split, name in (("train", "train"), ("test", "t10k")):
-        images = torch.from_numpy(read_idx(folder / f"{name}-images-idx3-ubyte.gz").copy())
-        labels = torch.from_numpy(read_idx(folder / f"{name}-labels-idx1-ubyte.gz").astype(np.int64))
-        splits[split] = images[:, None] / 127.5 - 1, labels
-    shuffled = torch.randperm(60_000, generator=torch.Generator().manual_seed(0))
-    train, validation = shuffled[:55_000], shuffled[55_000:]
-    images, labels = splits["train"]
-    return splits | {"train": (images[train], labels[train]), "validation": (images[validation], labels[validation])}
-
-
-class Flipped(Dataset):
-    """Images of which a random half is mirrored."""
-
-    def __init__(self, images: torch.Tensor, labels: torch.Tensor):
-        self.images, self.labels = images, labels
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        image = self.images[index]
-        return {"pixel_values": image.flip(-1) if torch.rand(()) < 0.5 else image, "labels": self.labels[index]}
-
-
 # --- The ViTs, by the stock Trainer ---
 
 
@@ -121,61 +82,6 @@ def train_vit(data: dict, folder: Path, num_heads: int, seed: int) -> ViTForImag
     Trainer(vit, arguments, train_dataset=Flipped(*data["train"])).train()
     vit.save_pretrained(folder)
     return vit
-
-
-# --- DynaBERT, a baseline (https://arxiv.org/abs/2004.04037) ---
-
-
-class DynaBERTAttention(HydraViTAttention):
-    """Runs a part of the heads on all channels of the stream."""
-
-    part = 1.0
-
-    def forward(self, hidden_states, **kwargs):
-        width = round(self.part * hidden_states.shape[-1])
-        rows = [
-            nn.functional.linear(hidden_states, linear.weight[:width], linear.bias[:width])
-            for linear in (self.q_proj, self.k_proj, self.v_proj)
-        ]
-        query, key, value = (row.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for row in rows)
-        output = nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        return nn.functional.linear(output, self.o_proj.weight[:, :width], self.o_proj.bias), None
-
-
-class DynaBERTMLP(HydraViTMLP):
-    """Runs a part of the neurons on all channels of the stream."""
-
-    part = 1.0
-
-    def forward(self, hidden_states):
-        width = round(self.part * self.fc1.out_features)
-        inner = nn.functional.linear(hidden_states, self.fc1.weight[:width], self.fc1.bias[:width])
-        return nn.functional.linear(self.activation_fn(inner), self.fc2.weight[:, :width], self.fc2.bias)
-
-
-class DynaBERT(HydraViTForImageClassification):
-    """A ViT whose heads and neurons nest, on a stream of full width."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        for layer in self.hydravit.layers:
-            layer.attention, layer.mlp = DynaBERTAttention(config), DynaBERTMLP(config)
-
-    def forward(self, pixel_values, num_heads_active, **kwargs):
-        full = self.config.num_attention_heads
-        for layer in self.hydravit.layers:
-            layer.attention.part = layer.mlp.part = num_heads_active / full
-        return super().forward(pixel_values, num_heads_active=full, **kwargs)
-
-
-def count_macs(config: HydraViTConfig, num_heads: int, arm: str) -> int:
-    """Count the multiply-accumulates of an image."""
-    full = config.count_macs(config.num_attention_heads)
-    if arm != "DynaBERT":
-        return config.count_macs(num_heads)
-    tokens = 1 + config.patch_grid[0] * config.patch_grid[1]
-    layers = 4 * config.hidden_size**2 + 2 * config.mlp_ratio * config.hidden_size**2 + 2 * tokens * config.hidden_size
-    return full - round((1 - num_heads / config.num_attention_heads) * config.num_hidden_layers * tokens * layers)
 
 
 # --- The arms ---
@@ -249,20 +155,6 @@ def optimise(model, loss_of, num_images: int, steps: int, batch_size: int, seed:
     return model.eval()
 
 
-@torch.no_grad()
-def accuracies(model, images: torch.Tensor, labels: torch.Tensor, heads=SHOWN) -> list[float]:
-    """The share of right answers at each width. None in `heads` stands for a model of one width."""
-    found = []
-    for num_heads in heads:
-        option = {} if num_heads is None else {"num_heads_active": num_heads}
-        hits = [
-            (model(part, **option).logits.argmax(-1) == truth).sum().item()
-            for part, truth in zip(images.split(500), labels.split(500), strict=True)
-        ]
-        found.append(sum(hits) / len(images))
-    return found
-
-
 def measure_all(args: argparse.Namespace):
     """Do the runs that the file of results does not hold yet, and add a row for each."""
     torch.set_num_threads(1)
@@ -278,7 +170,7 @@ def measure_all(args: argparse.Namespace):
     for arm in args.arms:  # the learning rate of each arm, by the validation images
         for rate in LEARNING_RATES:
             run = lambda arm=arm, rate=rate: {  # noqa: E731
-                "validation": accuracies(train(data, vit, arm, TUNING_STEPS, 100, rate), *data["validation"])
+                "validation": accuracies(train(data, vit, arm, TUNING_STEPS, 100, rate), *data["validation"], SHOWN)
             }
             add(f"tuning/{arm}/{rate}", run)
     tuned = {row["run"]: np.mean(row["validation"]) for row in read_rows(args.results) if "tuning/" in row["run"]}
@@ -289,7 +181,7 @@ def measure_all(args: argparse.Namespace):
                 if steps or ARMS[arm]["start"] != "new":
                     run = lambda arm=arm, steps=steps, seed=seed: {  # noqa: E731
                         "learning_rate": rates[arm],
-                        "test": accuracies(train(data, vit, arm, steps, seed, rates[arm]), *data["test"]),
+                        "test": accuracies(train(data, vit, arm, steps, seed, rates[arm]), *data["test"], SHOWN),
                     }
                     add(f"{arm}/{steps}/{seed}", run)
     for num_heads in args.alone:
@@ -352,7 +244,7 @@ def plot(rows: list[dict], original: float, path: Path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="idx files")
+    parser.add_argument("--data", type=Path, default=FOLDER, help="idx files")
     parser.add_argument("--folder", type=Path, default=Path("runs/elastify_study"), help="folder of the ViTs")
     parser.add_argument("--results", type=Path, default=RESULTS / "elastify_study.jsonl", help="file of the results")
     parser.add_argument("--seeds", type=int, default=3)

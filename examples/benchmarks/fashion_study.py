@@ -23,17 +23,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from elastify_study import DynaBERT, accuracies, count_macs, load, reorder
+from baselines import DynaBERT, MatFormer, Scala, backward_scala, count_macs, sample_scala
+from elastify_study import reorder
+from fashion_mnist import FOLDER, accuracies, load
 from timing import RESULTS, append_rows, read_rows
 from torch import nn
-from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from width_study import MatFormer, count
 
 from hydravit_hf import HydraViTConfig, HydraViTForImageClassification
-from hydravit_hf.model.nesting_hydravit import width_dims
 from hydravit_hf.training.averaging import AveragedWeights
 from hydravit_hf.training.optimizer import PrefixAdamW, parameter_groups
 from hydravit_hf.training.steps import backward_widths, sample_subnetworks, schedule_odds
@@ -80,52 +79,6 @@ STYLES = {  # lines of the plot
 }
 
 
-# --- The baselines that width_study.py and elastify_study.py lack ---
-
-
-class Scala(nn.Module):
-    """A ViT whose widths use the trailing channels, but the narrowest the leading ones (https://arxiv.org/abs/2412.04786).
-
-    Reversing all channels makes the trailing ones lead. The order of channels is the same in all layers, so it cancels.
-    """
-
-    def __init__(self, config: HydraViTConfig):
-        super().__init__()
-        self.vit, self.config = HydraViTForImageClassification(config), config
-
-    def forward(self, pixel_values, num_heads_active):
-        heads = {"num_heads_active": num_heads_active}
-        if num_heads_active in (HEADS[0], HEADS[-1]):
-            return self.vit(pixel_values, **heads)
-        reversed_weights = {
-            name: weight.flip(width_dims(name, weight.ndim)) for name, weight in self.vit.named_parameters()
-        }
-        return functional_call(self.vit, reversed_weights, (pixel_values,), heads)
-
-
-def sample_scala(seed: int, step: int) -> list[int]:
-    """All heads, a width of the upper half, one of the lower half, and the narrowest ("stable sampling")."""
-    generator, middle = np.random.default_rng([seed, step]), (HEADS[0] + HEADS[-1]) // 2
-    return [
-        HEADS[-1],
-        int(generator.integers(middle, HEADS[-1])),
-        int(generator.integers(HEADS[0] + 1, middle)),
-        HEADS[0],
-    ]
-
-
-def backward_scala(model: Scala, images: torch.Tensor, labels: torch.Tensor, widths: list[int]):
-    """Each width learns from the labels, and each but the widest also from the next wider one of the step."""
-    teacher = None
-    for num_heads in widths:
-        logits = model(images, num_heads_active=num_heads).logits
-        loss = F.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING)
-        if teacher is not None:
-            loss = loss + F.kl_div(logits.log_softmax(-1), teacher, reduction="batchmean")
-        loss.backward()
-        teacher = logits.detach().softmax(-1)
-
-
 def rewire(model: HydraViTForImageClassification, images: torch.Tensor, *weights: float) -> tuple[DynaBERT, Teacher]:
     """Order the heads and neurons of a trained ViT for DynaBERT, and let the ViT teach by some weights."""
     model = model.eval()
@@ -160,11 +113,6 @@ def make_config(heads: list[int], weights: list[float] | None = None, **options)
     return HydraViTConfig(
         **SIZES, num_attention_heads=heads[-1], subnetwork_heads=heads, subnetwork_weights=weights, **options
     )
-
-
-def macs_of(config: HydraViTConfig, num_heads: int, kind: str | None = None) -> int:
-    """Count the multiply-accumulates of an image."""
-    return count(config, num_heads, matformer=True) if kind == "MatFormer" else count_macs(config, num_heads, kind)
 
 
 def plan(budget: float, costs: dict[int, float], sample, overhead: float = 0.0) -> list[list[int]]:
@@ -254,7 +202,7 @@ def train(
 
     # 1. The widths of each step, until the budget is spent. Backward costs twice as much as forward
     full = config.count_macs(config.num_attention_heads) * BATCH
-    costs = {num_heads: 3 * BATCH * macs_of(config, num_heads, kind) for num_heads in heads}
+    costs = {num_heads: 3 * BATCH * count_macs(config, num_heads, kind) for num_heads in heads}
     epoch = len(data["train"][0]) // BATCH
     of_models = [make_config(HEADS).count_macs(num_heads) for num_heads in (heads if share is None else HEADS)]
     budget = (share or 1) * epochs * epoch * 3 * BATCH * sum(of_models)
@@ -263,7 +211,7 @@ def train(
         if progress < warm_up:
             return [heads[-1]]
         if kind == "Scala":
-            return sample_scala(seed, step)
+            return sample_scala(config, seed, step)
         odds = schedule_odds(config, round(1000 * progress), 1001, round(1000 * curriculum), final_weights)
         return sample_subnetworks(config, seed, step, sampling, draws, odds)
 
@@ -272,7 +220,7 @@ def train(
 
     def backward(images, labels, widths, number, average):
         if kind == "Scala":
-            return backward_scala(model, images, labels, widths)
+            return backward_scala(model, images, labels, widths, LABEL_SMOOTHING)
         given = AveragedTeacher(model, average, averaged_teacher_weight) if averaged_teacher_weight else teacher
         backward_widths(model, images, labels, widths, number, distillation, LABEL_SMOOTHING, teacher=given)
 
@@ -345,7 +293,7 @@ def summarise(rows: list[dict], epochs: int) -> list[dict]:
             continue
         method = name.removeprefix("attempt, ")
         kind = (METHODS | ATTEMPTS)[method].get("kind")
-        macs = [macs_of(make_config(HEADS), num_heads, kind) for num_heads in HEADS]
+        macs = [count_macs(make_config(HEADS), num_heads, kind) for num_heads in HEADS]
         accuracy = 100 * np.array([row["accuracy"] for row in of_seeds.values()])
         steps = next(iter(of_seeds.values()))["steps"]
         row = {"name": name, "seeds": list(of_seeds), "accuracy": accuracy, "macs": macs, "steps": steps}
@@ -408,7 +356,7 @@ def plot(summary: list[dict], alone: dict[int, np.ndarray], path: Path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="idx files")
+    parser.add_argument("--data", type=Path, default=FOLDER, help="idx files")
     parser.add_argument("--epochs", type=int, default=2, help="epochs of the models of one width")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--attempts", action="store_true", help="compare variants on the validation images as well")

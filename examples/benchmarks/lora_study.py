@@ -25,7 +25,8 @@ import numpy as np
 import psutil
 import torch
 from elastify_backbone_study import HEADS, Enlarged, arrange, enlarge, read_backbone
-from elastify_study import accuracies, load, optimise
+from elastify_study import optimise
+from fashion_mnist import FOLDER, accuracies, load
 from peft import get_peft_model
 from timing import RESULTS, append_rows, format_rows, machine, milliseconds, read_rows
 from torch import nn
@@ -187,7 +188,7 @@ def time_steps(args) -> list[dict]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--onnx", type=Path, help="the backbone")
-    parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="idx files")
+    parser.add_argument("--data", type=Path, default=FOLDER, help="idx files")
     parser.add_argument("--folder", type=Path, default=Path("runs/lora_study"), help="folder of the model")
     parser.add_argument("--results", type=Path, default=RESULTS / "lora_study.jsonl", help="file of the results")
     parser.add_argument("--seeds", type=int, default=3)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from elastify_study import load
+from fashion_mnist import FOLDER, load
 from timing import RESULTS, append_rows, read_rows
 from transformers import UperNetConfig, UperNetForSemanticSegmentation
 
@@ -125,7 +125,7 @@ def report(rows: list[dict]) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="idx files")
+    parser.add_argument("--data", type=Path, default=FOLDER, help="idx files")
     parser.add_argument(
         "--results", type=Path, default=RESULTS / "segmentation_study.jsonl", help="file of the results"
     )

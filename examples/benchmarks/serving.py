@@ -28,7 +28,7 @@ from pathlib import Path
 import aiohttp
 import numpy as np
 import torch
-from elastify_study import Flipped, accuracies, load
+from fashion_mnist import FOLDER, Flipped, accuracies, load
 from PIL import Image
 from timing import RESULTS, append_rows, format_rows, machine, read_rows
 from tqdm import tqdm
@@ -488,7 +488,7 @@ def plot(rows: list[dict], path: Path):
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="idx files")
+    parser.add_argument("--data", type=Path, default=FOLDER, help="idx files")
     parser.add_argument("--folder", type=Path, default=Path("runs/serving"), help="folder of the model")
     parser.add_argument("--results", type=Path, default=RESULTS / "serving.jsonl", help="file of the results")
     parser.add_argument("--rounds", type=int, default=3)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from baselines import MatFormer, count_macs
 from timing import RESULTS, append_rows, read_rows
 from torch.utils.data import TensorDataset
 from tqdm.auto import tqdm
@@ -26,7 +27,6 @@ from tqdm.auto import tqdm
 from hydravit_hf import HydraViTConfig, HydraViTForImageClassification
 from hydravit_hf.data import load_digits, load_mnist
 from hydravit_hf.evaluation import score
-from hydravit_hf.model.modeling_hydravit import HydraViTMLP
 from hydravit_hf.training.averaging import AveragedWeights
 from hydravit_hf.training.optimizer import PrefixAdamW, parameter_groups
 from hydravit_hf.training.steps import backward_widths, sample_subnetworks
@@ -47,7 +47,7 @@ STRATEGIES = {
     "sandwich": {"sampling": "sandwich"},
     "sandwich, distilled": {"sampling": "sandwich", "distillation": 0.5},
     "open sandwich, distilled": {"sampling": "open_sandwich", "draws": 2, "distillation": 0.5},
-    "MatFormer": {"sampling": "uniform", "matformer": True},
+    "MatFormer": {"sampling": "uniform", "kind": "MatFormer"},
     "SortedNet": {"sampling": "uniform", "heads": list(range(1, 13))},
 }
 STYLES = {  # lines of the plot
@@ -60,43 +60,6 @@ STYLES = {  # lines of the plot
 SIZES = {"head_dim": 8, "num_hidden_layers": 3, "num_channels": 1, "num_labels": 10}
 BATCH, WARMUP, WEIGHT_DECAY = 64, 0.1, 0.05
 LABEL_SMOOTHING, EMA_DECAY, MAX_GRAD_NORM = 0.1, 0.99, 1.0
-
-
-class MatFormerMLP(HydraViTMLP):
-    """An MLP that uses the leading part of its hidden channels (https://arxiv.org/abs/2310.07707)."""
-
-    part = 1.0
-
-    def forward(self, hidden_states):
-        channels = round(self.part * self.fc1.out_features)
-        inner = torch.nn.functional.linear(hidden_states, self.fc1.weight[:channels], self.fc1.bias[:channels])
-        return torch.nn.functional.linear(self.activation_fn(inner), self.fc2.weight[:, :channels], self.fc2.bias)
-
-
-class MatFormer(HydraViTForImageClassification):
-    """A ViT whose MLP alone nests: "k heads" run all of the attention and k twelfths of the MLP."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        for layer in self.hydravit.layers:
-            layer.mlp = MatFormerMLP(config)
-        self.init_weights()
-
-    def forward(self, pixel_values, num_heads_active):
-        full = self.config.num_attention_heads
-        for layer in self.hydravit.layers:
-            layer.mlp.part = num_heads_active / full
-        return super().forward(pixel_values, num_heads_active=full)
-
-
-def count(config: HydraViTConfig, num_heads: int, matformer: bool = False) -> int:
-    """Count the multiply-accumulates of an image."""
-    if not matformer:
-        return config.count_macs(num_heads)
-    full = config.num_attention_heads
-    tokens = 1 + config.patch_grid[0] * config.patch_grid[1]
-    unused = (1 - num_heads / full) * 2 * config.mlp_ratio * config.hidden_size**2
-    return config.count_macs(full) - round(config.num_hidden_layers * tokens * unused)
 
 
 def make_config(data: str, heads: list[int], weights: list[float] | None = None) -> HydraViTConfig:
@@ -131,7 +94,7 @@ def train(
     weights: list[float] | None = None,
     distillation: float = 0.0,
     freeze: bool = False,
-    matformer: bool = False,
+    kind: str | None = None,
 ) -> dict:
     """Train one model for the epochs of its data set, or for a `share` of the compute of ten models.
 
@@ -145,10 +108,10 @@ def train(
     # 1. The model
     torch.manual_seed(seed)
     config = make_config(data, heads, weights)
-    model = (MatFormer if matformer else HydraViTForImageClassification)(config).train()
+    model = (MatFormer if kind == "MatFormer" else HydraViTForImageClassification)(config).train()
     # 2. The widths of all steps, and their costs: backward is twice forward
     steps = [sample_subnetworks(config, seed, number, sampling, draws) for number in range(10 * epochs * per_epoch)]
-    macs = {num_heads: 3 * BATCH * count(config, num_heads, matformer) for num_heads in heads}
+    macs = {num_heads: 3 * BATCH * count_macs(config, num_heads, kind) for num_heads in heads}
     costs = np.cumsum([sum(macs[num_heads] for num_heads in widths) for widths in steps])
     length = epochs * per_epoch
     if share is not None:
@@ -250,8 +213,7 @@ def summarise(results: dict[str, dict], data: str) -> list[dict]:
             {"method": method, "budget": budget, "accuracy": accuracy} | {k: runs[0][k] for k in ("steps", "macs")}
         )
     for row in rows:
-        matformer = row["method"] == "MatFormer"
-        row["macs_of_image"] = [count(make_config(data, HEADS), num_heads, matformer) / 1e6 for num_heads in HEADS]
+        row["macs_of_image"] = [count_macs(make_config(data, HEADS), k, row["method"]) / 1e6 for k in HEADS]
         row["share"] = row["macs"] / alone["macs"]
         row["worst"] = (row["accuracy"].mean(0) - alone["accuracy"].mean(0)).min()
     return rows

@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import torch
 from support.benchmarks import BENCHMARKS, DOCS
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTForImageClassification
 
 
@@ -24,11 +22,11 @@ def fashion_vit(elastify_study):
     )
 
 
-def test_idx_files_are_read_as_they_were_written(elastify_study, tmp_path):
+def test_idx_files_are_read_as_they_were_written(load_module, tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (3, 4, 5), dtype=np.uint8)
     header = bytes([0, 0, 8, 3]) + np.array(images.shape, ">i4").tobytes()
     (tmp_path / "images.gz").write_bytes(gzip.compress(header + images.tobytes()))
-    assert np.array_equal(elastify_study.read_idx(tmp_path / "images.gz"), images)
+    assert np.array_equal(load_module("fashion_mnist").read_idx(tmp_path / "images.gz"), images)
 
 
 @pytest.mark.parametrize("kind", ["slices", "permuted", "rotated", "dynabert"])
@@ -38,18 +36,6 @@ def test_each_arm_starts_from_the_function_of_the_vit(elastify_study, fashion_vi
     logits = model(images, num_heads_active=12).logits
     torch.testing.assert_close(logits, fashion_vit(images).logits, atol=1e-4, rtol=0)
     assert model(images, num_heads_active=3).logits.shape == (16, 10)
-
-
-@pytest.mark.parametrize("arm", ["DynaBERT", "elastify"])
-@pytest.mark.parametrize("num_heads", [3, 12])
-def test_the_costs_of_an_arm_are_those_that_torch_counts(elastify_study, fashion_vit, arm, num_heads):
-    kind = "dynabert" if arm == "DynaBERT" else "slices"
-    model = elastify_study.start(fashion_vit, kind, torch.randn(4, 1, 28, 28), 0).eval()
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the one that it counts
-        model(torch.randn(1, 1, 28, 28), num_heads_active=num_heads)
-    assert elastify_study.count_macs(model.config, num_heads, arm) == pytest.approx(
-        counter.get_total_flops() / 2, rel=0.02
-    )
 
 
 @pytest.mark.parametrize("arm", ["DynaBERT", "elastify, taught", "new weights"])

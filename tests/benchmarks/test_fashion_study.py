@@ -41,25 +41,6 @@ def test_a_model_of_one_width_trains_for_its_epochs(study, images):
     assert run["steps"] == 3 * 16 // 8 and len(run["accuracy"]) == 1
 
 
-@torch.no_grad()
-def test_the_widths_of_scala_use_the_trailing_channels_but_the_narrowest(study):
-    model, pixels = study.Scala(study.make_config(study.HEADS)).eval(), torch.randn(2, 1, 28, 28)
-    before = {num_heads: model(pixels, num_heads).logits for num_heads in (3, 4, 9, 12)}
-    for name, weight in model.vit.named_parameters():
-        dims = study.width_dims(name, weight.ndim)
-        leading = [slice(size // 4) if dim in dims else slice(None) for dim, size in enumerate(weight.shape)]
-        if dims:
-            weight[tuple(leading)] += 1.0  # of 3 heads
-    changed = {k: not torch.equal(model(pixels, k).logits, logits) for k, logits in before.items()}
-    assert changed == {3: True, 4: False, 9: False, 12: True}
-
-
-def test_the_steps_of_scala_have_a_width_of_each_part(study):
-    steps = [study.sample_scala(0, step) for step in range(200)]
-    assert {widths[0] for widths in steps} == {12} and {widths[3] for widths in steps} == {3}
-    assert {widths[1] for widths in steps} == {7, 8, 9, 10, 11} and {widths[2] for widths in steps} == {4, 5, 6}
-
-
 def test_images_are_shifted_by_up_to_two_pixels_and_mirrored(study):
     image = torch.full((1, 1, 28, 28), -1.0)
     image[..., 10, 4] = 1.0
