@@ -43,7 +43,7 @@ def test_the_wheel_holds_every_file_of_its_packages(tmp_path):
     assert described["Requires-Python"] == ">=3.11" and described["Description-Content-Type"] == "text/markdown"
     assert b"[console_scripts]\nhydravit = " in commands
     assert {"hydravit_hf/py.typed", "hydravit_hf/__init__.pyi", "hydravit_hf/model_card_template.md"} <= files
-    assert {"hydravit_hf/server_page.html", "hydravit_hf/browser_page/index.html"} <= files
+    assert {"hydravit_hf/server/page.html", "hydravit_hf/browser_page/index.html"} <= files
 
 
 def test_mypy_accepts_a_file_that_uses_every_public_name_and_finds_a_wrong_type(tmp_path):

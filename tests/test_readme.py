@@ -98,9 +98,8 @@ def test_the_tree_of_the_package_names_each_of_its_files():
         named.append(folder + name)
         folder = name if name.endswith("/") else folder
     package = ROOT / "hydravit_hf"
-    files = [*package.glob("*.*"), *package.glob("*/[a-z]*.py"), *package.glob("browser_page/*")]
-    files += [package / "browser_page", package / "command", package / "model", package / "training"]
-    names = [file.relative_to(package).as_posix() + "/" * file.is_dir() for file in files]
+    files = [file for file in package.rglob("*") if "__pycache__" not in file.parts and file.name != "__init__.py"]
+    names = ["__init__.py", *(file.relative_to(package).as_posix() + "/" * file.is_dir() for file in files)]
     assert sorted(named) == sorted(names)
 
 

@@ -193,7 +193,8 @@ def elastify(
     """
     from datasets import ClassLabel
 
-    from hydravit_hf.data import load_image_files, to_pixel_values, undecoded
+    from hydravit_hf.data import to_pixel_values, undecoded
+    from hydravit_hf.data_folders import load_image_files
     from hydravit_hf.elastification import elastify
     from hydravit_hf.folders import check_new_or_empty, short_name
     from hydravit_hf.image_processing import load_image_processor

@@ -106,7 +106,7 @@ def test_the_extras_that_hints_name_are_those_that_bring_a_module():
 def test_a_missing_package_is_an_error_that_names_its_extra(
     hydravit, folder, tmp_path, monkeypatch, module, arguments, hint
 ):
-    for name in [name for name in sys.modules if name.partition(".")[0] == module or name == "hydravit_hf.server"]:
+    for name in [name for name in sys.modules if name.startswith((module, "hydravit_hf.server"))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, module, None)
     arguments = [argument.format(folder=folder, new=tmp_path / "new") for argument in arguments]
