@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from support.exports import trace_once
 from support.pages import PAGES, ROOT, snippets
 from transformers import Trainer, TrainingArguments
 
@@ -40,6 +41,7 @@ def test_the_snippets_of_a_page_run_and_do_what_it_says(page, save_digits, make_
     if page in NEEDED:
         pytest.importorskip(NEEDED[page])
     save_digits()
+    trace_once(monkeypatch)
     module = ModuleType("page")  # as a script, whose classes can be pickled
     monkeypatch.setitem(sys.modules, "page", module)
     names = vars(module)
@@ -56,7 +58,7 @@ def _names_before(page: str, make_model) -> dict:
         return {}
     import onnxruntime
 
-    model = make_model(num_attention_heads=12, head_dim=32, subnetwork_heads=[3, 6, 12], num_labels=10)
+    model = make_model(num_attention_heads=12, num_hidden_layers=1, subnetwork_heads=[3, 6, 12], num_labels=10)
     model.config.cascade = {"num_heads": [3, 12], "thresholds": 0.5}
     images = np.random.default_rng(0).standard_normal((2, 3, 16, 16), dtype=np.float32)
     names = {"model": model, "image_processor": make_image_processor(model.config), "images": images}

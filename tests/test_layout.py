@@ -42,6 +42,7 @@ LAYERS = [
         "lora",
         "metrics",
         "onnx_graphs",
+        "previous_card",
         "reporting",
         "resharding",
         "serving",
