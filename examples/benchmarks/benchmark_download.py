@@ -35,6 +35,7 @@ start = time.perf_counter()
 model_class.from_pretrained(name, **keywords)
 print(time.perf_counter() - start)
 """
+CHECKPOINTS = ["vit-3", "by-width", "one-file"]
 COLUMNS = {
     "checkpoint": ("checkpoint", ""),
     "heads": ("heads", ""),
@@ -59,8 +60,8 @@ def load(hub: HubServer, cache: Path, name: str, model_class: type, keywords: di
     return {"mb": total / 1e6, "weights_mb": weights / 1e6, "seconds": seconds}
 
 
-def measure(folder: Path, config: HydraViTConfig, rate: float) -> list[dict]:
-    """Make the checkpoints, serve them, and download them in the ways of the rows."""
+def measure(folder: Path, config: HydraViTConfig, rate: float, checkpoints: list[str]) -> list[dict]:
+    """Make the checkpoints, serve them, and download some of them in the ways of the rows."""
     from transformers import ViTForImageClassification
 
     model = HydraViTForImageClassification(config)
@@ -74,12 +75,14 @@ def measure(folder: Path, config: HydraViTConfig, rate: float) -> list[dict]:
     del model
     rows = []
     with HubServer(rate=rate * 1e6) as hub:
-        for name in ("one-file", "by-width", "vit-3"):
+        for name in CHECKPOINTS:
             hub.repos[f"user/{name}"] = repo = Repo(private=False)
             repo.commit("main", {file.name: file.read_bytes() for file in (folder / name).iterdir()})
             hub.store(repo)
 
         def add(name: str, heads: str, expected: float, cache: str, model_class=HydraViTForImageClassification, **kw):
+            if name not in checkpoints:
+                return
             row = load(hub, folder / cache, f"user/{name}", model_class, kw)
             row |= {"checkpoint": name, "heads": heads, "expected_mb": expected, "ratio": row["mb"] / expected}
             rows.append(row | {"link_seconds": expected / rate, "rate": rate})
@@ -100,10 +103,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rate", type=float, default=20, help="MB/s of the link")
     parser.add_argument("--config", type=json.loads, default={}, help="arguments of HydraViTConfig, JSON")
+    parser.add_argument("--checkpoints", nargs="+", default=CHECKPOINTS, choices=CHECKPOINTS)
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        rows = measure(Path(temporary), HydraViTConfig(**{"num_labels": 1000} | args.config), args.rate)
+        rows = measure(
+            Path(temporary), HydraViTConfig(**{"num_labels": 1000} | args.config), args.rate, args.checkpoints
+        )
     print(format_rows(rows, COLUMNS))
     if args.json is not None:
         write_rows(args.json, rows)

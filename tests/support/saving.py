@@ -13,9 +13,10 @@ def constant_model(value: float) -> HydraViTForImageClassification:
     return model
 
 
-def save_often(folder, value: float, options: dict, saves: int, errors):
+def save_often(folder, value: float, ways: list[dict], rounds: int, errors):
+    """Save a model in some ways in turn. `errors` gets what goes wrong."""
     model = constant_model(value)
-    for _ in range(saves):
+    for options in rounds * ways:
         try:
             model.save_pretrained(folder, **options)
         except Exception as error:
