@@ -220,25 +220,27 @@ def format_rows(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: list[dict], original: float, path: Path):
-    """Accuracy over MACs of an image, a panel for each number of steps."""
+def plot(rows: list[dict], alone: dict[int, float], path: Path):
+    """Accuracy over MACs of an image, a panel for each number of steps, beside ViTs of one width by their heads."""
     from matplotlib.figure import Figure
 
     config = HydraViTConfig(num_attention_heads=12, head_dim=HEAD_DIM, **SIZES, num_labels=10)
     shown = sorted({row["steps"] for row in rows})
-    figure = Figure(figsize=(4.2 * len(shown), 3.8), dpi=150, layout="constrained")
-    for axes, steps in zip(figure.subplots(1, len(shown), sharey=True, squeeze=False)[0], shown, strict=True):
+    figure, lines = Figure(figsize=(4.2 * len(shown), 4.2), dpi=150, layout="constrained"), {}
+    for axes, steps in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         for row in rows:
             if row["steps"] == steps and row["arm"] in STYLES:
                 macs = [count_macs(config, num_heads, row["arm"]) / 1e6 for num_heads in SHOWN]
-                axes.plot(macs, row["accuracy"].mean(0), label=row["arm"], **STYLES[row["arm"]])
-        axes.axhline(original, color="0.35", linestyle="--", linewidth=1)
-        axes.set(xlabel="million MACs per image", title="without training" if steps == 0 else f"{steps:,} steps")
+                (lines[row["arm"]],) = axes.plot(macs, row["accuracy"].mean(0), **STYLES[row["arm"]])
+        macs = [config.count_macs(num_heads) / 1e6 for num_heads in sorted(alone)]
+        style = {"color": "0.2", "marker": "s", "linestyle": "none"}
+        (lines["a ViT of its own"],) = axes.plot(macs, [alone[num_heads] for num_heads in sorted(alone)], **style)
+        axes.set(xlabel="million MACs per image", title=f"{steps:,} steps" if steps else "without training")
         axes.grid(color="0.92")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("accuracy, %")
-    figure.axes[0].legend(frameon=False, fontsize=8, loc="lower right")
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines), frameon=False)
     figure.savefig(path)
 
 
@@ -257,12 +259,13 @@ def main():
     if not args.report:
         measure_all(args)
     rows = read_rows(args.results)
-    alone = {row["run"]: 100 * row["test"][0] for row in rows if row["run"].startswith("vit/")}
+    runs = [(*row["run"].partition("/"), row) for row in rows]
+    alone = {int(heads): 100 * row["test"][0] for name, _, heads, row in runs if name == "vit"}
     summary = summarise(rows)
     print(format_rows(summary))
-    for run, accuracy in alone.items():
-        print(f"A ViT of {run.partition('/')[2]} heads alone: {accuracy:.2f} %")
-    plot(summary, alone["vit/12"], args.plot)
+    for num_heads, accuracy in alone.items():
+        print(f"A ViT of {num_heads} heads alone: {accuracy:.2f} %")
+    plot(summary, alone, args.plot)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ PLOT = Path(__file__).parents[2] / "docs" / "fashion_study.png"
 HEADS, ALONE = list(range(3, 13)), (3, 4, 6, 9, 12)
 SIZES = {"head_dim": 8, "image_size": 28, "patch_size": 7, "num_channels": 1, "num_hidden_layers": 6, "num_labels": 10}
 SIZES |= {"initializer_range": 0.1}  # narrow layers learn little at first from the 0.02 of wide ones
+EPOCHS = 4  # of the models of one width
 SHARE = 1 / 3  # of the compute of ten models
 BATCH, LEARNING_RATE, WARMUP, WEIGHT_DECAY, MAX_GRAD_NORM = 64, 2e-3, 0.1, 0.05, 1.0
 LABEL_SMOOTHING, EMA_DECAY = 0.1, 0.99
@@ -291,17 +292,24 @@ def summarise(rows: list[dict], epochs: int) -> list[dict]:
         steps = next(iter(of_seeds.values()))["steps"]
         row = {"name": name, "seeds": list(of_seeds), "accuracy": accuracy, "macs": macs, "steps": steps}
         gathered.append(row | {"area": area(macs, accuracy)})
-    return gathered
+    order = [*METHODS, *(f"attempt, {name}" for name in ATTEMPTS)]
+    return sorted(gathered, key=lambda row: order.index(row["name"]))
 
 
-def alone_accuracies(rows: list[dict], epochs: int) -> dict[int, np.ndarray]:
-    """The accuracies in percent, (seeds,), of the models that have one width, by their heads."""
-    found = {num_heads: [] for num_heads in ALONE}
+def alone_accuracies(rows: list[dict], epochs: int) -> dict[int, dict[int, float]]:
+    """The accuracy in percent of each model that has one width, by its heads and its seed."""
+    found = {}
     for row in rows:
-        name, of_epochs, _ = row["run"].split("/")
+        name, of_epochs, seed = row["run"].split("/")
         if name.startswith("alone, ") and int(of_epochs) == epochs:
-            found[int(name.removeprefix("alone, "))].append(100 * row["accuracy"][0])
-    return {num_heads: np.array(values) for num_heads, values in found.items() if values}
+            found.setdefault(int(name.removeprefix("alone, ")), {})[int(seed)] = 100 * row["accuracy"][0]
+    return dict(sorted(found.items()))
+
+
+def gains(row: dict, alone: dict[int, dict[int, float]]) -> np.ndarray:
+    """What each seed has more than its models that have one width, in points, (seeds, widths)."""
+    own = [[of_seed[seed] for of_seed in alone.values()] for seed in row["seeds"]]
+    return row["accuracy"][:, [HEADS.index(num_heads) for num_heads in alone]] - np.array(own)
 
 
 def format_mean(values: np.ndarray) -> str:
@@ -310,31 +318,41 @@ def format_mean(values: np.ndarray) -> str:
     return f"{values.mean():.2f}{error}"
 
 
-def format_rows(summary: list[dict], alone: dict[int, np.ndarray]) -> str:
-    """Format a Markdown table of means over the seeds, with their standard errors."""
-    lines = ["| method | seeds | steps | " + " | ".join(map(str, ALONE)) + " heads | mean of 3 to 12 | area |"]
-    lines.append("| --- |" + " ---: |" * (len(ALONE) + 4))
-    if alone:
-        seeds = max(map(len, alone.values()))
-        cells = [format_mean(alone[num_heads]) if num_heads in alone else "" for num_heads in ALONE]
-        lines.append(f"| a model for each width | {seeds} | | {' | '.join(cells)} | | |")
+def format_rows(summary: list[dict], alone: dict[int, dict[int, float]]) -> str:
+    """Format a Markdown table of means over the seeds, with their standard errors.
+
+    The gain is that over the models of one width, paired by the seed: its mean over their widths, and the least of its
+    means over the seeds.
+    """
+    heading = "| method | seeds | steps | " + " | ".join(map(str, alone))
+    lines = [
+        f"{heading} heads | mean of 3 to 12 | area | gain | least gain |",
+        "| --- |" + " ---: |" * (len(alone) + 6),
+    ]
+    own = np.array([list(of_seed.values()) for of_seed in alone.values()]).T
+    macs = [count_macs(make_config(HEADS), num_heads) for num_heads in alone]
+    cells = [format_mean(column) for column in own.T]
+    lines.append(
+        f"| a model for each width | {len(own)} | | {' | '.join(cells)} | | {format_mean(area(macs, own))} | | |"
+    )
     for row in summary:
-        cells = [format_mean(row["accuracy"][:, HEADS.index(num_heads)]) for num_heads in ALONE]
+        cells = [format_mean(row["accuracy"][:, HEADS.index(num_heads)]) for num_heads in alone]
         cells += [format_mean(row["accuracy"].mean(1)), format_mean(row["area"])]
+        gained = gains(row, alone)
+        cells += [format_mean(gained.mean(1)), f"{gained.mean(0).min():.2f}"]
         lines.append(f"| {row['name']} | {len(row['seeds'])} | {row['steps']:,} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def plot(summary: list[dict], alone: dict[int, np.ndarray], path: Path):
+def plot(summary: list[dict], alone: dict[int, dict[int, float]], path: Path):
     """Accuracy over MACs of an image."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.4), dpi=150, layout="constrained")
     axes, config = figure.subplots(), make_config(HEADS)
-    if alone:
-        macs = [config.count_macs(num_heads) / 1e6 for num_heads in alone]
-        means = [values.mean() for values in alone.values()]
-        axes.plot(macs, means, color="0.35", marker="s", linestyle="--", label="a model for each width")
+    macs = [config.count_macs(num_heads) / 1e6 for num_heads in alone]
+    means = [np.mean(list(of_seed.values())) for of_seed in alone.values()]
+    axes.plot(macs, means, color="0.2", marker="s", linestyle="--", label="a model for each width")
     for row in summary:
         if row["name"] in STYLES:
             macs = [value / 1e6 for value in row["macs"]]
@@ -350,7 +368,7 @@ def plot(summary: list[dict], alone: dict[int, np.ndarray], path: Path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=FOLDER, help="idx files")
-    parser.add_argument("--epochs", type=int, default=4, help="epochs of the models of one width")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="epochs of the models of one width")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--attempts", action="store_true", help="compare variants on the validation images as well")
     parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="runs whose names begin so")

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from support.benchmarks import DOCS
 
 
 @pytest.fixture
@@ -56,12 +57,21 @@ def test_the_area_is_the_mean_over_budgets_and_guesses_below_the_narrowest_width
 
 
 def test_the_report_pairs_methods_with_the_models_of_their_own(study, tmp_path):
-    rows = [{"run": f"alone, {k}/2/{seed}", "accuracy": [0.5]} for k in study.ALONE for seed in (0, 1)]
-    rows += [{"run": f"Scala/2/{seed}", "accuracy": [0.4 + 0.2 * seed] * 10, "steps": 1000} for seed in (0, 1)]
+    rows = [{"run": f"Scala/2/{seed}", "accuracy": [0.4 + 0.2 * seed] * 10, "steps": 1000} for seed in (1, 0)]
+    rows += [{"run": f"alone, {k}/2/{seed}", "accuracy": [0.3 + 0.2 * seed]} for k in study.ALONE for seed in (0, 1)]
     rows += [{"run": "Scala/3/0", "accuracy": [0.1] * 10, "steps": 1}]
     summary, alone = study.summarise(rows, 2), study.alone_accuracies(rows, 2)
+    assert study.gains(summary[0], alone) == pytest.approx(np.full((2, 5), 10.0))
     table = study.format_rows(summary, alone).splitlines()
-    assert table[2].startswith("| a model for each width | 2 | | 50.00 ± 0.00 |")
+    assert table[2].startswith("| a model for each width | 2 | | 40.00 ± 10.00 |")
     assert table[3].startswith("| Scala | 2 | 1,000 | 50.00 ± 10.00 |") and len(table) == 4
+    assert table[3].endswith("| 10.00 ± 0.00 | 10.00 |")
     study.plot(summary, alone, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").exists()
+
+
+def test_the_table_on_training_is_that_of_the_results(study):
+    rows = study.read_rows(study.RESULTS / "fashion_study.jsonl")
+    alone = study.alone_accuracies(rows, study.EPOCHS)
+    table = study.format_rows(study.summarise(rows, study.EPOCHS), alone)
+    assert table in (DOCS / "training.md").read_text(encoding="utf-8") and table.count("\n") > 3

@@ -1,6 +1,7 @@
 """The segmentation study trains every width."""
 
 import torch
+from support.benchmarks import DOCS
 
 
 def test_the_segmentation_study_trains_every_width_of_one_head(load_module, monkeypatch, tmp_path):
@@ -15,3 +16,9 @@ def test_the_segmentation_study_trains_every_width_of_one_head(load_module, monk
     assert scores[0] != scores[1] and all(0 <= value <= 1 for row in scores for value in row.values())
     rows = [{"run": "elastic/0", "scores": {str(k): {"mean_iou": 0.5, "pixel_accuracy": 0.9} for k in (3, 6, 12)}}]
     assert "| elastic | 1 | 50.0 | 50.0 | 50.0 | 90.0 | 90.0 | 90.0 |" in study.report(rows)
+
+
+def test_the_table_on_training_is_that_of_the_results(load_module):
+    study = load_module("segmentation_study")
+    table = study.report(study.read_rows(study.RESULTS / "segmentation_study.jsonl"))
+    assert table in (DOCS / "training.md").read_text(encoding="utf-8") and table.count("\n") > 3

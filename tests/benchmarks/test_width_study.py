@@ -8,14 +8,28 @@ from PIL import Image
 from support.benchmarks import BENCHMARKS, DOCS
 
 
-def test_the_tables_of_the_width_study_are_those_of_its_results(run_here, tmp_path):
+def test_the_figures_of_the_width_study_are_those_of_its_results(load_module, run_here, tmp_path):
     printed = run_here("width_study.py", "--report", "--plot", tmp_path / "plot.png")
-    lines = [line for line in printed.splitlines() if line.startswith("|")]
-    text = (DOCS / "training.md").read_text(encoding="utf-8")
-    assert len(lines) > 30
-    assert all(line in text for line in lines)
+    assert len([line for line in printed.splitlines() if line.startswith("|")]) > 30
     with Image.open(tmp_path / "plot.png") as plot:
         assert plot.format == "PNG"
+    study, found = load_module("width_study"), []
+    results = study.load_results(study.RESULTS / "width_study.jsonl")
+    for alone, *rows in (study.summarise(results, data) for data in study.DATA):
+        reached = {(row["method"], row["budget"]): row for row in rows}
+        frozen = reached["uniform, unused weights frozen", "compute"]
+        distilled, matformer = reached["sandwich, distilled", "epochs"], reached["MatFormer", "compute"]
+        gain = distilled["accuracy"].mean() - alone["accuracy"].mean()
+        means = [f"{row['accuracy'].mean():.2f}%" for row in (frozen, alone, matformer)]
+        found.append((*means, f"{gain:.2f}", f"{-distilled['worst']:.2f}", f"{-frozen['worst']:.2f}"))
+    (best, ten, nested, gain, lost, frozen_lost), (best2, ten2, nested2, gain2, lost2, frozen_lost2) = found
+    text = " ".join((DOCS / "training.md").read_text(encoding="utf-8").split())
+    readme = " ".join((DOCS.parent / "README.md").read_text(encoding="utf-8").split())
+    for page in (text, readme):
+        assert f"{best} against {ten}" in page and f"{best2} against {ten2}" in page
+        assert f"{max(frozen_lost, frozen_lost2)} points below" in page
+    assert f"{nested} and {nested2} at a quarter" in text
+    assert f"They are {gain} and {gain2} points above" in text and f"{lost} and {lost2} points below" in text
 
 
 def test_the_width_study_trains_what_it_says(load_module, monkeypatch):
