@@ -259,8 +259,8 @@ def main():
     if not args.report:
         measure_all(args)
     rows = read_rows(args.results)
-    runs = [(*row["run"].partition("/"), row) for row in rows]
-    alone = {int(heads): 100 * row["test"][0] for name, _, heads, row in runs if name == "vit"}
+    own = {row["run"].removeprefix("vit/"): row for row in rows if row["run"].startswith("vit/")}
+    alone = {int(num_heads): 100 * row["test"][0] for num_heads, row in own.items()}
     summary = summarise(rows)
     print(format_rows(summary))
     for num_heads, accuracy in alone.items():

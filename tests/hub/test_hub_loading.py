@@ -179,6 +179,8 @@ def test_a_width_downloads_its_files_only_and_a_wider_one_the_difference(hub, us
                 assert 0 <= downloaded(hub, start) - expected < 1000 * len(names) + 1  # the head of each answer
                 getting = [path for method, path in hub.log[start:] if method == "GET" and "/storage/" in path]
                 assert len(getting) == len(names)
+            cached = client.logits("user/by-width", images, num_attention_heads=3, local_files_only=True)
+            check(cached, model, images, 3)
 
 
 def test_offline_a_width_whose_files_are_missing_is_one_error(hub, user, save, images, tmp_path):
